@@ -1,0 +1,1 @@
+"""Whatever starts something: local servers, models, the command line."""

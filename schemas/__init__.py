@@ -1,0 +1,1 @@
+"""The contracts: Avro schemas and the records they describe, ClickHouse migrations, prompts, ids."""

@@ -9,12 +9,13 @@ function `build(...)` that makes one.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from schemas.records import BatchState
 from streams.messages import Emit, Incoming
 
 
+@runtime_checkable
 class MapStage(Protocol):
     """One record in, its results out."""
 
@@ -58,6 +59,7 @@ class Fold(Protocol):
         """How many windows are open: while there are any, the host sends ticks."""
 
 
+@runtime_checkable
 class FoldStage(Protocol):
     """Records of a partition fold, one after another, into windows."""
 
@@ -68,7 +70,7 @@ class FoldStage(Protocol):
     """Where the host's ticks enter: the head of the road, so that they come down in order with the records."""
 
     def open(self, partition: int, epoch: str, states: Sequence[BatchState]) -> Fold:
-        """The fold of one partition, from the snapshots of its cameras (one each, the newest; another epoch's left out)."""
+        """The fold of one partition, from its cameras' snapshots: one each, the newest, of this epoch."""
 
 
 class Range(NamedTuple):
@@ -85,6 +87,7 @@ class Range(NamedTuple):
         return f"v1:{table}:{self.topic}:{self.epoch}:{self.partition}:{self.lo}-{self.hi}"
 
 
+@runtime_checkable
 class RangeStage(Protocol):
     """Ranges of records are written to a store that deduplicates by token."""
 

@@ -1,0 +1,114 @@
+"""Topics are made here and nowhere else: each with a random epoch, written to `meta` before and after.
+
+Positions are worth nothing across a recreation, so every position names the epoch that it belongs to. A topic
+that the broker lacks although `meta` calls it ready is a new life: it is made again, with a new epoch.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+
+import structlog
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+
+from schemas.records import TopicMeta
+from streams import codec
+from streams.delivery import FencedProducer
+from streams.kafka import MAX_RECORD_BYTES, Kafka
+from streams.topics import TOPICS, Topic
+
+log = structlog.get_logger(__name__)
+
+
+class TopicsError(RuntimeError):
+    """The topics on the broker are not what the settings say; the message names the setting and the fix."""
+
+
+async def ensure_topics(kafka: Kafka) -> dict[str, TopicMeta]:
+    """Create what is missing and return each topic's meta record. Safe to call from many processes at once.
+
+    Raises:
+        TopicsError: a topic has another partition count than `kafka.partitions`.
+        KafkaError: the broker is away.
+    """
+    async with kafka.admin() as admin:
+        await _create(admin, kafka, TOPICS["meta"])
+        # The fence makes creators take turns; what the one before us wrote is read after it.
+        producer = FencedProducer(kafka, kafka.transactional_id("topics"))
+        await producer.open()
+        try:
+            metas = await read_meta(kafka)
+            existing = await _partition_counts(admin)
+            for topic in TOPICS.values():
+                count = _count(kafka, topic)
+                meta = metas.get(topic.name)
+                if topic.name in existing and meta is not None and meta.status == "ready":
+                    if existing[topic.name] != count:
+                        raise TopicsError(
+                            f"topic {topic.name} has {existing[topic.name]} partitions, kafka.partitions says {count}: "
+                            "the count is fixed at creation, because it decides where a camera lives; set it back",
+                        )
+                    continue
+                if meta is None or meta.status == "ready":
+                    meta = TopicMeta(
+                        topic=topic.name,
+                        epoch=secrets.token_hex(4),
+                        status="creating",
+                        partitions=count,
+                        created_at=int(time.time() * 1000),
+                    )
+                    await producer.transact([codec.emit("meta", meta, 0)])
+                await _create(admin, kafka, topic)
+                metas[topic.name] = TopicMeta(
+                    topic=meta.topic,
+                    epoch=meta.epoch,
+                    status="ready",
+                    partitions=count,
+                    created_at=meta.created_at,
+                )
+                await producer.transact([codec.emit("meta", metas[topic.name], 0)])
+                log.info("topic ready", topic=topic.name, epoch=meta.epoch, partitions=count)
+        finally:
+            await producer.close()
+    return metas
+
+
+async def read_meta(kafka: Kafka) -> dict[str, TopicMeta]:
+    """Every topic's meta record."""
+    records = await kafka.read([TopicPartition("meta", 0)])
+    metas = [codec.decode(record, TopicMeta) for record in records if record.value is not None]
+    return {meta.topic: meta for meta in metas}
+
+
+def epochs_of(metas: dict[str, TopicMeta]) -> Callable[[str], str]:
+    """A look-up of topic epochs, as hosts take it."""
+    return lambda topic: metas[topic].epoch
+
+
+def _count(kafka: Kafka, topic: Topic) -> int:
+    return 1 if topic.single else kafka.settings.partitions
+
+
+async def _partition_counts(admin: AIOKafkaAdminClient) -> dict[str, int]:
+    names = [name for name in await admin.list_topics() if name in TOPICS]
+    return {found["topic"]: len(found["partitions"]) for found in await admin.describe_topics(names)} if names else {}
+
+
+async def _create(admin: AIOKafkaAdminClient, kafka: Kafka, topic: Topic) -> None:
+    new = NewTopic(
+        topic.name,
+        _count(kafka, topic),
+        kafka.settings.replication_factor,
+        topic_configs={
+            "cleanup.policy": "compact" if topic.compacted else "delete",
+            "retention.ms": str(topic.retention_ms),
+            "max.message.bytes": str(MAX_RECORD_BYTES),
+        },
+    )
+    response = await admin.create_topics([new])
+    for name, code, *_ in response.topic_errors:
+        error = for_code(code)
+        if code and error is not TopicAlreadyExistsError:
+            raise KafkaError(f"cannot create topic {name}: {error.__name__}")

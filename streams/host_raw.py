@@ -1,0 +1,102 @@
+"""The raw host: one aiokafka consumer feeds the partition workers of a stage. For stages whose rate needs it.
+
+Polling never waits for the work: records go into each partition's buffer, and a full buffer pauses its partition.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import aiokafka
+import structlog
+from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
+
+from streams.kafka import Kafka, incoming
+from streams.stages import Stage
+from streams.workers import Workers
+
+log = structlog.get_logger(__name__)
+
+# The work does not happen in the poll loop, so a long poll interval hides nothing: Liveness watches instead.
+MAX_POLL_INTERVAL_MS = 24 * 3_600_000
+
+
+class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
+    """Runs one stage on a raw aiokafka loop."""
+
+    def __init__(self, kafka: Kafka, stage: Stage, *, epochs: Callable[[str], str], status: Path | None = None) -> None:
+        self._kafka = kafka
+        self._stage = stage
+        self.workers = Workers(kafka, stage, epochs=epochs, still_ours=self._still_ours, status=status)
+        session = kafka.settings.session_timeout_ms
+        self._consumer = kafka.consumer(
+            group_id=kafka.group(stage.name),
+            session_timeout_ms=session,
+            heartbeat_interval_ms=session // 4,
+            max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
+            # How long members may take to rejoin: revoking waits 5 s at most for a commit already sent.
+            rebalance_timeout_ms=max(session, 10_000),
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Feed the workers until `stop` is set, then let go in order."""
+        reporting = asyncio.create_task(self.workers.report())
+        self._consumer.subscribe(list(self._stage.inputs), listener=self)
+        try:
+            await self._start(stop)
+            while not stop.is_set():
+                await self._poll()
+        finally:
+            await self.workers.close()
+            await self._consumer.stop()
+            reporting.cancel()
+            await asyncio.gather(reporting, return_exceptions=True)
+
+    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        """Let go before the group goes on; the next owner repeats what was not committed."""
+        await self.workers.revoke(revoked)
+
+    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+        """Nothing to prepare: it is no barrier before records flow, so workers begin at their first record."""
+        self.workers.liveness.generation = self._consumer._coordinator.generation  # noqa: SLF001
+        log.info("assigned", stage=self._stage.name, partitions=len(assigned))
+
+    async def _start(self, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            try:
+                await self._consumer.start()
+            except (KafkaError, OSError) as error:
+                self.workers.liveness.waiting_on = "broker"
+                log.warning("broker away", stage=self._stage.name, error=str(error))
+                await asyncio.sleep(1)
+            else:
+                self.workers.liveness.waiting_on = None
+                return
+
+    async def _poll(self) -> None:
+        try:
+            batches = await self._consumer.getmany(timeout_ms=200, max_records=500)
+        except KafkaError as error:  # aiokafka reports some broker errors here and goes on by itself
+            log.warning("poll", stage=self._stage.name, error=repr(error))
+            await asyncio.sleep(0.5)
+            return
+        self.workers.liveness.polled()
+        assigned = self._consumer.assignment()
+        for tp, records in batches.items():
+            if tp in assigned:
+                for record in records:
+                    self.workers.feed(incoming(record, self.workers.epoch(tp.topic)))
+        paused = self._consumer.paused() & assigned
+        self._consumer.pause(*(tp for tp in assigned - paused if self.workers.full(tp)))
+        self._consumer.resume(*(tp for tp in paused if not self.workers.full(tp)))
+
+    async def _still_ours(self, tp: TopicPartition) -> bool:
+        """Ask the group, by a heartbeat answered now, whether this member and generation still hold."""
+        coordinator = self._consumer._coordinator  # noqa: SLF001 (aiokafka is pinned below 0.15)
+        generation = coordinator.generation
+        try:
+            answered = await coordinator._do_heartbeat()  # noqa: SLF001
+        except KafkaError:
+            return False
+        return bool(answered and coordinator.generation == generation and tp in self._consumer.assignment())

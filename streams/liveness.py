@@ -1,0 +1,102 @@
+"""Is this worker alive: what its loop did last, what it waits on, and a status file that says so.
+
+A worker is alive while its loop ticks and its consumer polls, and each of its partitions advances, is caught
+up, or waits on something that it names. Only an unexplained stall is a reason to restart it.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Longer than any honest pause of a healthy worker: a rebalance takes up to 10 s, an acquire up to 15 s.
+STALL_S = 45.0
+
+
+class PartitionLife:
+    """What one partition's work did last."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.in_hand = 0
+        """Records read and not yet committed."""
+        self.position = 0
+        self.waiting_on: str | None = None
+        """settings, llm, store, images, disk or broker; None while nothing is waited for."""
+        self.advanced_at = clock()
+
+    def advanced(self, position: int, in_hand: int) -> None:
+        """Something was committed."""
+        self.position = position
+        self.in_hand = in_hand
+        self.advanced_at = self._clock()
+
+    def idle(self) -> None:
+        """Nothing is in hand: being idle is progress."""
+        self.in_hand = 0
+        self.advanced_at = self._clock()
+
+
+class Liveness:
+    """One worker process's signs of life."""
+
+    def __init__(self, stage: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.stage = stage
+        self._clock = clock
+        self.partitions: dict[str, PartitionLife] = {}
+        self.polled_at = clock()
+        self.waiting_on: str | None = None
+        """What the whole worker waits on: its broker, its model."""
+        self.generation = -1
+        self.restarts_of_work = 0
+
+    def partition(self, name: str) -> PartitionLife:
+        """The life of a partition, from now on."""
+        life = PartitionLife(self._clock)
+        self.partitions[name] = life
+        return life
+
+    def forget(self, name: str) -> None:
+        """The partition is someone else's now."""
+        self.partitions.pop(name, None)
+
+    def polled(self) -> None:
+        """The consumer polled (and so the loop ticked)."""
+        self.polled_at = self._clock()
+
+    def stall(self) -> str | None:
+        """Why this worker should be restarted; None while it lives or says what it waits on."""
+        now = self._clock()
+        if self.waiting_on is None and now - self.polled_at > STALL_S:
+            return f"the consumer has not polled for {now - self.polled_at:.0f} s"
+        for name, life in self.partitions.items():
+            if life.waiting_on is None and life.in_hand and now - life.advanced_at > STALL_S:
+                return (
+                    f"{name} has {life.in_hand} records in hand and has not advanced for {now - life.advanced_at:.0f} s"
+                )
+        return None
+
+    def report(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
+        waits = {life.waiting_on for life in self.partitions.values()} | {self.waiting_on}
+        return {
+            "stage": self.stage,
+            "pid": os.getpid(),
+            "written_at": time.time(),
+            "generation": self.generation,
+            "stall": self.stall(),
+            "waiting_on": sorted(w for w in waits if w is not None),
+            "partitions": {
+                name: {"position": life.position, "in_hand": life.in_hand, "waiting_on": life.waiting_on}
+                for name, life in sorted(self.partitions.items())
+            },
+        }
+
+    def write(self, path: Path) -> None:
+        """Put the report where `rewatch status` and the supervisor read it; readers never see half of one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(self.report()))
+        part.replace(path)

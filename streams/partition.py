@@ -1,0 +1,428 @@
+"""The work on one input partition: a buffer that can be rewound, and one worker for each shape of stage.
+
+A worker runs from assignment to revocation. It acquires its partition at the first record, works, commits, and
+after an error of unknown outcome acquires again and re-feeds itself from its buffer: no host has to seek.
+"""
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+
+import structlog
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from schemas.records import BatchState, SinkState
+from streams import codec
+from streams.delivery import Ownership
+from streams.errors import FencedError, UnavailableError, UncertainError, UnprocessableError
+from streams.kafka import Kafka
+from streams.liveness import PartitionLife
+from streams.messages import Emit, Incoming, Tick
+from streams.stages import Fold, FoldStage, MapStage, Range, RangeStage, Stage
+
+log = structlog.get_logger(__name__)
+
+# A partition stops fetching at either: 16 partitions of a stage then hold at most 128 MB.
+BUFFER_RECORDS = 1000
+BUFFER_BYTES = 8 * 1024 * 1024
+
+# One transaction's worth: a few hundred amortise its 8-35 ms (measured), and a repeat stays small.
+_COMMIT_RECORDS = 500
+_COMMIT_BYTES = 2 * 1024 * 1024
+
+# An unexpected exception may be the world's fault; the third time it is the record's.
+_ATTEMPTS = 3
+
+TICK_EVERY_S = 5.0
+TICK_SLOW_EVERY_S = 60.0
+TICKS_UNANSWERED = 100
+"""Ticks that have not come back before they slow down: detect is far behind, and more would only queue up."""
+
+
+class Buffer:
+    """Records of one partition from the committed position on; a cursor divides taken from waiting."""
+
+    def __init__(self) -> None:
+        self._records: deque[Incoming] = deque()
+        self._cursor = 0
+        self._waiting_bytes = 0
+        self.wake = asyncio.Event()
+        """Set when something was added, or when a worker wants itself looked at."""
+
+    def add(self, record: Incoming) -> None:
+        """Append the next record as it was read. One that is here already (a host read it again) is dropped."""
+        if self._records and record.offset <= self._records[-1].offset:
+            return
+        self._records.append(record)
+        self._waiting_bytes += record.size
+        self.wake.set()
+
+    def prepend(self, records: Sequence[Incoming]) -> None:
+        """Put earlier records in front; before `rewind`."""
+        self._records.extendleft(reversed(records))
+
+    @property
+    def first_offset(self) -> int:
+        """Offset of the first record; it must not be empty."""
+        return self._records[0].offset
+
+    def take(self) -> Incoming | None:
+        """The next waiting record, or None."""
+        if self._cursor >= len(self._records):
+            return None
+        record = self._records[self._cursor]
+        self._cursor += 1
+        self._waiting_bytes -= record.size
+        return record
+
+    def committed(self, position: int) -> None:
+        """Forget what lies below the position."""
+        while self._records and self._records[0].offset < position:
+            record = self._records.popleft()
+            if self._cursor:
+                self._cursor -= 1
+            else:
+                self._waiting_bytes -= record.size
+
+    def rewind(self, position: int) -> None:
+        """Forget what lies below the position; everything else waits again."""
+        self._cursor = 0
+        self._waiting_bytes = sum(record.size for record in self._records)
+        self.committed(position)
+
+    @property
+    def waiting(self) -> int:
+        """Records not taken yet."""
+        return len(self._records) - self._cursor
+
+    @property
+    def full(self) -> bool:
+        """Whether the host should stop fetching for this partition."""
+        return self.waiting >= BUFFER_RECORDS or self._waiting_bytes >= BUFFER_BYTES
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+class PartitionWorker:
+    """Runs one stage on one partition until it is cancelled: acquire, work, and again after an error."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        ownership: Ownership,
+        life: PartitionLife,
+        *,
+        still_ours: Callable[[], Awaitable[bool]],
+        slots: asyncio.Semaphore,
+    ) -> None:
+        self.stage = stage
+        self.ownership = ownership
+        self.buffer = Buffer()
+        self.life = life
+        self.still_ours = still_ours
+        self.slots = slots
+
+    @property
+    def partition(self) -> int:
+        """The partition number."""
+        return int(self.ownership.tp.partition)
+
+    async def run(self) -> None:
+        """Work until cancelled, or until another owner has the partition (the next generation starts anew)."""
+        failures = 0
+        try:
+            while True:
+                while not len(self.buffer):
+                    await self._wait()
+                try:
+                    await self.ownership.acquire()
+                    self.life.waiting_on = None
+                    await self._fill_front()
+                    self.buffer.rewind(self.ownership.position)
+                    began = time.monotonic()
+                    await _work(self, self.stage)
+                except FencedError:
+                    # Two causes: another owner, or the coordinator timed our transaction out. A zombie that
+                    # re-opened would fence the rightful owner, so ask the group first.
+                    if not await self.still_ours():
+                        log.warning("fenced by another owner", stage=self.stage.name, partition=self.partition)
+                        return
+                except (UncertainError, KafkaError, TimeoutError, OSError) as error:
+                    self.life.waiting_on = "broker"
+                    log.warning("acquiring again", stage=self.stage.name, partition=self.partition, error=str(error))
+                    began = time.monotonic()
+                failures = 1 if time.monotonic() - began > 60 else failures + 1
+                await asyncio.sleep(random.uniform(0.1, 0.3) * min(2**failures, 20))
+        finally:
+            await self.ownership.release()
+
+    async def _fill_front(self) -> None:
+        """Read what lies between the position and what the host fed, where the host began too late.
+
+        Hosts begin at the group's committed offset. Where that belongs to an earlier life of the topic, or
+        was forgotten, the position is another one, and may lie before it.
+        """
+        if self.ownership.host_began_right:
+            return
+        tp, first = self.ownership.tp, self.buffer.first_offset
+        if first > self.ownership.position:
+            since = {tp: self.ownership.position}
+            missing = await self.ownership.kafka.read([tp], since=since, epoch=self.ownership.epoch)
+            self.buffer.prepend([record for record in missing if record.offset < first])
+
+    async def commit(self, emits: Sequence[Emit], position: int) -> None:
+        """Commit, forget what is done, and say so."""
+        await self.ownership.commit(emits, position)
+        self.buffer.committed(position)
+        self.life.advanced(position, len(self.buffer))
+
+    async def _wait(self) -> None:
+        """Until there is something to do; doing nothing for lack of records is progress too."""
+        if not len(self.buffer):
+            self.life.idle()
+        self.buffer.wake.clear()
+        await self.buffer.wake.wait()
+
+
+async def _work(worker: PartitionWorker, stage: Stage) -> None:
+    if isinstance(stage, MapStage):
+        await _map(worker, stage)
+    elif isinstance(stage, FoldStage):
+        await _fold(worker, stage)
+    else:
+        await _range(worker, stage)
+
+
+async def _map(worker: PartitionWorker, stage: MapStage) -> None:
+    """Records in hand at once, results emitted in offset order."""
+    running: deque[tuple[Incoming, asyncio.Task[list[Emit]]]] = deque()
+    window = max(2 * stage.concurrency, 32)
+    next_offset = worker.ownership.position
+    try:
+        while True:
+            while len(running) < window and (record := worker.buffer.take()) is not None:
+                task = asyncio.create_task(_handle(worker, stage, record))
+                task.add_done_callback(lambda _: worker.buffer.wake.set())
+                running.append((record, task))
+            emits: list[Emit] = []
+            done = size = 0
+            while running and running[0][1].done() and done < _COMMIT_RECORDS and size < _COMMIT_BYTES:
+                record, task = running.popleft()
+                results = task.result()
+                emits += results
+                size += sum(len(emit.value or b"") for emit in results)
+                next_offset = record.offset + 1
+                done += 1
+            worker.life.in_hand = len(worker.buffer)
+            if done:
+                await worker.commit(emits, next_offset)
+            else:
+                await worker._wait()  # noqa: SLF001 (one module)
+    finally:
+        for _, task in running:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in running), return_exceptions=True)
+
+
+async def _handle(worker: PartitionWorker, stage: MapStage, record: Incoming) -> list[Emit]:
+    """The record's results, or its dead letter."""
+    attempt = 0
+    pause = 0.2
+    while True:
+        try:
+            async with worker.slots:
+                results = await stage.handle(record)
+            worker.life.waiting_on = None
+            return [worker.ownership.derived(emit, record) for emit in results]
+        except UnprocessableError as error:
+            return [worker.ownership.dead_letter(record, error, attempt + 1)]
+        except UnavailableError as error:
+            worker.life.waiting_on = error.waiting_on
+            log.warning("waiting", stage=stage.name, on=error.waiting_on, why=str(error))
+        except Exception as error:  # an unknown failure is kept as a dead letter, never lost
+            attempt += 1
+            log.exception("unexpected", stage=stage.name, origin=record.origin, attempt=attempt)
+            if attempt >= _ATTEMPTS:
+                return [worker.ownership.dead_letter(record, error, attempt)]
+        await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+        pause = min(pause * 2, 10.0)
+
+
+async def _fold(worker: PartitionWorker, stage: FoldStage) -> None:
+    """Records one after another into windows; snapshots commit with what closed."""
+    ownership = worker.ownership
+    states = await read_states(ownership.kafka, stage.state_topic, worker.partition, ownership.epoch)
+    fold = stage.open(worker.partition, ownership.epoch, states)
+    next_offset = ownership.position
+    pulse = _Pulse(worker, stage, fold)
+    ticker = asyncio.create_task(pulse.run())
+    try:
+        while True:
+            emits: list[Emit] = []
+            taken = 0
+            while taken < _COMMIT_RECORDS and (record := worker.buffer.take()) is not None:
+                taken += 1
+                next_offset = record.offset + 1
+                if Tick.of(record) is not None:
+                    pulse.unanswered = 0
+                try:
+                    emits += [ownership.derived(emit, record) for emit in fold.feed(record)]
+                except UnprocessableError as error:
+                    emits.append(ownership.dead_letter(record, error, 1))
+            if taken:
+                emits += [codec.emit(stage.state_topic, state) for state in fold.moved(next_offset)]
+                await worker.commit(emits, fold.position(next_offset))
+                # An open window holds the position back; the records it keeps are no sign of a stall.
+                worker.life.in_hand = worker.buffer.waiting
+            else:
+                worker.buffer.wake.clear()
+                worker.life.idle()
+                await worker.buffer.wake.wait()
+    finally:
+        ticker.cancel()
+        await asyncio.gather(ticker, return_exceptions=True)
+
+
+class _Pulse:
+    """Wall time as an event, while a window of the partition is open: at takeover, then every 5 s.
+
+    It enters at the head of the road, so that ticks come down in order behind the frames before them. Doubled
+    or old ticks are harmless, so a plain idempotent producer outside any transaction does.
+    """
+
+    def __init__(self, worker: PartitionWorker, stage: FoldStage, fold: Fold) -> None:
+        self._worker = worker
+        self._stage = stage
+        self._fold = fold
+        self.unanswered = 0
+        """Ticks sent since one came back."""
+
+    async def run(self) -> None:
+        """Tick until cancelled; a broker that is away is the worker's affair, not the pulse's."""
+        while True:
+            try:
+                await self._run()
+            except (KafkaError, TimeoutError, OSError) as error:
+                log.warning("tick not sent", partition=self._worker.partition, error=str(error))
+                await asyncio.sleep(TICK_EVERY_S)
+
+    async def _run(self) -> None:
+        producer: AIOKafkaProducer | None = None
+        try:
+            while True:
+                if self._fold.open_windows:
+                    if producer is None:
+                        producer = self._worker.ownership.kafka.producer()
+                        await producer.start()
+                    tick = Tick(self._worker.ownership.now_ms()).emit(self._stage.tick_topic, self._worker.partition)
+                    await producer.send_and_wait(
+                        tick.topic,
+                        key=tick.key,
+                        value=None,
+                        headers=list(tick.headers),
+                        partition=tick.partition,
+                    )
+                    self.unanswered += 1
+                await asyncio.sleep(TICK_EVERY_S if self.unanswered < TICKS_UNANSWERED else TICK_SLOW_EVERY_S)
+        finally:
+            if producer is not None:
+                await producer.stop()
+
+
+async def _range(worker: PartitionWorker, stage: RangeStage) -> None:
+    """Commit a range, insert exactly it, commit the progress; a pending range of a predecessor comes first."""
+    ownership, buffer = worker.ownership, worker.buffer
+    pending = await _pending(worker, stage)
+    while True:
+        if pending is None:
+            while not buffer.waiting:
+                await worker._wait()  # noqa: SLF001 (one module)
+            worker.life.in_hand = len(buffer)
+            if buffer.waiting < stage.max_records:
+                await asyncio.sleep(stage.linger_s)
+            records = _take_range(buffer, stage.max_records)
+            pending = SinkState(
+                topic=ownership.tp.topic,
+                partition=ownership.tp.partition,
+                epoch=ownership.epoch,
+                lo=records[0].offset,
+                hi=records[-1].offset,
+                rows=len(records),
+            )
+            await ownership.commit([codec.emit(stage.state_topic, pending)], ownership.position)
+        else:
+            records = await _retake(worker, pending)
+        span = Range(pending.topic, pending.epoch, pending.partition, pending.lo, pending.hi)
+        await _insert(worker, stage, span, records)
+        await worker.commit([], pending.hi + 1)
+        pending = None
+
+
+async def _pending(worker: PartitionWorker, stage: RangeStage) -> SinkState | None:
+    """The range that a predecessor committed itself to and may or may not have inserted."""
+    ownership = worker.ownership
+    found: SinkState | None = None
+    key = f"{ownership.tp.topic}-{ownership.tp.partition}".encode()
+    for record in await ownership.kafka.read([TopicPartition(stage.state_topic, worker.partition)]):
+        if record.key == key:
+            found = codec.decode(record, SinkState)
+    if found is None or found.epoch != ownership.epoch or found.hi < ownership.position:
+        return None
+    return found
+
+
+def _take_range(buffer: Buffer, limit: int) -> list[Incoming]:
+    records: list[Incoming] = []
+    size = 0
+    while len(records) < limit and size < BUFFER_BYTES and (record := buffer.take()) is not None:
+        records.append(record)
+        size += record.size
+    return records
+
+
+async def _retake(worker: PartitionWorker, pending: SinkState) -> list[Incoming]:
+    """Exactly the records of the pending range, as they come in again."""
+    records: list[Incoming] = []
+    while not records or records[-1].offset < pending.hi:
+        record = worker.buffer.take()
+        if record is None:
+            worker.buffer.wake.clear()
+            await worker.buffer.wake.wait()
+        elif record.offset >= pending.lo:
+            records.append(record)
+    if len(records) != pending.rows or records[-1].offset != pending.hi:
+        # Retention removed a part of it meanwhile. Other rows under the token would be dropped silently.
+        log.error(
+            "range changed", topic=pending.topic, partition=pending.partition, rows=len(records), was=pending.rows
+        )
+    return records
+
+
+async def _insert(worker: PartitionWorker, stage: RangeStage, span: Range, records: Sequence[Incoming]) -> None:
+    pause = 0.2
+    while True:
+        try:
+            async with worker.slots:
+                await stage.insert(span, records)
+        except UnavailableError as error:
+            worker.life.waiting_on = error.waiting_on
+            log.warning("waiting", stage=stage.name, on=error.waiting_on, why=str(error))
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(pause * 2, 10.0)
+        else:
+            worker.life.waiting_on = None
+            return
+
+
+async def read_states(kafka: Kafka, topic: str, partition: int, epoch: str) -> list[BatchState]:
+    """The newest snapshot of each camera of a partition; those of another epoch are empty, so left out."""
+    newest: dict[str, BatchState] = {}
+    for record in await kafka.read([TopicPartition(topic, partition)]):
+        if record.value is not None:
+            state = codec.decode(record, BatchState)
+            newest[state.camera_id] = state
+    return [state for state in newest.values() if state.epoch == epoch]

@@ -1,0 +1,115 @@
+"""The partition workers of one stage in one process: what every host drives.
+
+A host calls `feed` for each record, `revoke` when partitions go, and asks `full`; the rest is here.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Collection
+from pathlib import Path
+
+import structlog
+from aiokafka import TopicPartition
+
+from streams.delivery import Ownership
+from streams.kafka import Kafka
+from streams.liveness import Liveness
+from streams.messages import Incoming
+from streams.partition import PartitionWorker
+from streams.stages import MapStage, Stage
+
+log = structlog.get_logger(__name__)
+
+# How often the status file is written, seconds.
+_REPORT_EVERY_S = 1.0
+
+
+class Workers:
+    """The workers of a stage, one a partition, made at its first record."""
+
+    def __init__(
+        self,
+        kafka: Kafka,
+        stage: Stage,
+        *,
+        epochs: Callable[[str], str],
+        still_ours: Callable[[TopicPartition], Awaitable[bool]],
+        status: Path | None = None,
+    ) -> None:
+        self.kafka = kafka
+        self.stage = stage
+        self.liveness = Liveness(stage.name)
+        self._epochs = epochs
+        self._still_ours = still_ours
+        self._status = status
+        self._running: dict[TopicPartition, tuple[PartitionWorker, asyncio.Task[None]]] = {}
+        # Range stages do one insert a partition at a time; the store takes a few at once.
+        self._slots = asyncio.Semaphore(getattr(stage, "concurrency", 8))
+
+    def epoch(self, topic: str) -> str:
+        """The topic's epoch."""
+        return self._epochs(topic)
+
+    def feed(self, record: Incoming) -> None:
+        """Hand a record to its partition's worker; start one at the partition's first record."""
+        tp = TopicPartition(record.topic, record.partition)
+        if tp not in self._running:
+            self._running[tp] = self._start(tp)
+        self._running[tp][0].buffer.add(record)
+
+    def full(self, tp: TopicPartition) -> bool:
+        """Whether the host should stop fetching for the partition."""
+        return tp in self._running and self._running[tp][0].buffer.full
+
+    async def revoke(self, tps: Collection[TopicPartition]) -> None:
+        """End these partitions' work: model calls are cancelled, a commit already sent is waited for, 5 s at most."""
+        ending = [self._running.pop(tp)[1] for tp in tps if tp in self._running]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+        for tp in tps:
+            self.liveness.forget(f"{tp.topic}-{tp.partition}")
+
+    async def close(self) -> None:
+        """End all work and the stage's own resources; write the last report."""
+        await self.revoke(list(self._running))
+        close = getattr(self.stage, "close", None)
+        if close is not None:
+            await close()
+
+    async def report(self) -> None:
+        """Write the status file every second until cancelled."""
+        if self._status is None:
+            return
+        try:
+            while True:
+                self.liveness.write(self._status)
+                await asyncio.sleep(_REPORT_EVERY_S)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                self._status.unlink()
+
+    def _start(self, tp: TopicPartition) -> tuple[PartitionWorker, asyncio.Task[None]]:
+        ownership = Ownership(
+            self.kafka,
+            self.stage.name,
+            tp,
+            epoch=lambda: self._epochs(tp.topic),
+            outputs=self.stage.outputs if isinstance(self.stage, MapStage) else (),
+        )
+        worker = PartitionWorker(
+            self.stage,
+            ownership,
+            self.liveness.partition(f"{tp.topic}-{tp.partition}"),
+            still_ours=lambda: self._still_ours(tp),
+            slots=self._slots,
+        )
+        task = asyncio.create_task(worker.run(), name=f"{self.stage.name} {tp.topic}-{tp.partition}")
+        task.add_done_callback(_log_failure)
+        return worker, task
+
+
+def _log_failure(task: "asyncio.Task[None]") -> None:
+    """A worker never ends with an exception of its own; if it does, the log says why before the stall restarts it."""
+    if not task.cancelled() and task.exception() is not None:
+        log.error("worker died", worker=task.get_name(), exc_info=task.exception())
