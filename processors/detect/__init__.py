@@ -1,0 +1,1 @@
+"""detect: a frame in, everything the detector saw in it out, also when it saw nothing."""

@@ -1,0 +1,67 @@
+"""detect as a map stage: image bytes by claim or inline, one batcher for all partitions, ticks handed on in order."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+from processors.detect.core import decode_image, record
+from processors.detect.detector import Batcher, Detector
+from processors.detect.settings import DetectorSettings
+from schemas.records import Frame
+from streams import codec
+from streams.claims import ClaimStore
+from streams.errors import UnprocessableError
+from streams.messages import Emit, Incoming, Tick
+
+
+class DetectStage:
+    """A frame in, its detections out."""
+
+    name = "detect"
+    inputs = ("frames",)
+    outputs = ("detections",)
+
+    def __init__(
+        self,
+        detector: Detector,
+        claims: ClaimStore,
+        settings: DetectorSettings,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._detector = detector
+        self._claims = claims
+        self._clock = clock
+        self._batcher = Batcher(detector, size=settings.batch_size, wait_s=settings.wait_ms / 1000)
+        # Two batches: one in the model, one decoded and waiting.
+        self.concurrency = 2 * settings.batch_size
+
+    async def handle(self, incoming: Incoming) -> Sequence[Emit]:
+        """The frame's detections; a tick goes on as it is."""
+        tick = Tick.of(incoming)
+        if tick is not None:
+            return [tick.emit("detections")]
+        try:
+            frame = codec.decode(incoming, Frame)
+        except codec.DecodeError as error:
+            raise UnprocessableError(str(error)) from error
+        data = frame.image
+        if data is None:
+            if frame.claim is None:
+                raise UnprocessableError("a frame with neither image nor claim", camera_id=frame.camera_id)
+            data = await self._claims.get(frame.claim, frame.sha256)
+        image = await asyncio.to_thread(decode_image, data)
+        seen = await self._batcher.detect(image)
+        detections = record(
+            frame,
+            seen.boxes,
+            model=self._detector.name,
+            model_digest=self._detector.digest,
+            runtime=self._detector.runtime,
+            inference_ms=round(seen.inference_ms, 3),
+            detected_at=int(self._clock() * 1000),
+        )
+        return [codec.emit("detections", detections)]
+
+    async def close(self) -> None:
+        """Let go of the model's thread."""
+        await self._batcher.close()

@@ -1,0 +1,140 @@
+"""Control topics read whole and folded to the latest by key: cameras and prompts, as the stages look them up.
+
+They are small and never compacted, because their history is the product. A follower reads them to their end
+before its stage sees the first record, then keeps up with them.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Generic, TypeVar
+
+import structlog
+from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
+
+from schemas.records import Camera, Record, WindowSettings
+from streams import codec
+from streams.delivery import FencedProducer
+from streams.kafka import Kafka, incoming
+from streams.messages import Incoming
+from streams.topics import TOPICS
+
+log = structlog.get_logger(__name__)
+
+R = TypeVar("R", bound=Record)
+
+
+class ControlTable(Generic[R]):
+    """The latest record of each key of one control topic."""
+
+    def __init__(self, kafka: Kafka, topic: str, kind: type[R]) -> None:
+        self._kafka = kafka
+        self._tp = TopicPartition(topic, 0)
+        self._kind = kind
+        self._latest: dict[str, R] = {}
+        self._next = 0
+        self.skipped = 0
+        """Records that could not be read: skipped, counted, alarmed; one bad record must not stop a stage."""
+
+    def get(self, key: str) -> R | None:
+        """The latest record of the key."""
+        return self._latest.get(key)
+
+    def all(self) -> dict[str, R]:
+        """The latest record of every key."""
+        return dict(self._latest)
+
+    async def load(self) -> None:
+        """Read to the end as it is now."""
+        for record in await self._kafka.read([self._tp], since={self._tp: self._next}):
+            self._take(record)
+
+    async def append(self, record: R) -> None:
+        """Append a record and take it, after it was committed. Writers take turns by fencing one another."""
+        producer = FencedProducer(self._kafka, self._kafka.transactional_id("control", self._tp.topic))
+        await producer.open()
+        try:
+            emit = codec.emit(self._tp.topic, record, 0)
+            await producer.transact([emit])
+        finally:
+            await producer.close()
+        self._latest[emit.key.decode()] = record
+
+    @asynccontextmanager
+    async def following(self) -> AsyncIterator["ControlTable[R]"]:
+        """Loaded at entry, kept up to date until exit."""
+        await self.load()
+        task = asyncio.create_task(self._follow(), name=f"follow {self._tp.topic}")
+        try:
+            yield self
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        while True:
+            with contextlib.suppress(KafkaError, TimeoutError, OSError):
+                async with self._kafka.reading() as consumer:
+                    consumer.assign([self._tp])
+                    consumer.seek(self._tp, self._next)  # no await since assign: aiokafka's own reset would win
+                    while True:
+                        async for record in consumer:
+                            self._take(incoming(record, ""))
+            await asyncio.sleep(1)  # the broker is away; what is known stays in force
+
+    def _take(self, record: Incoming) -> None:
+        self._next = max(self._next, record.offset + 1)
+        try:
+            value = codec.decode(record, self._kind)
+        except codec.DecodeError as error:
+            self.skipped += 1
+            log.error("control record skipped", topic=self._tp.topic, offset=record.offset, error=str(error))  # noqa: TRY400
+            return
+        self._latest[TOPICS[self._tp.topic].key(value)] = value
+
+
+class Cameras:
+    """The folded `cameras` topic: what is set for each camera."""
+
+    def __init__(
+        self,
+        kafka: Kafka,
+        default_window: WindowSettings,
+        time_zone: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.table = ControlTable(kafka, "cameras", Camera)
+        self._default_window = default_window
+        self._time_zone = time_zone
+        self._clock = clock
+
+    def get(self, camera_id: str) -> Camera | None:
+        """The camera, or None where it is not known."""
+        return self.table.get(camera_id)
+
+    def window(self, camera_id: str) -> WindowSettings | None:
+        """The camera's window settings, or None where it is not known."""
+        camera = self.get(camera_id)
+        return camera.window if camera is not None else None
+
+    async def ensure(self, camera_id: str) -> Camera:
+        """The camera, made with the defaults where it is not known."""
+        camera = self.get(camera_id)
+        if camera is None:
+            await self.table.load()  # another process may have made it since
+            camera = self.get(camera_id)
+        if camera is None:
+            camera = Camera(
+                camera_id=camera_id,
+                name=camera_id,
+                time_zone=self._time_zone,
+                zones=(),
+                window=self._default_window,
+                partition=None,
+                updated_at=int(self._clock() * 1000),
+            )
+            await self.table.append(camera)
+        return camera
