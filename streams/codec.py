@@ -12,6 +12,7 @@ import msgspec
 
 from schemas import avro_schemas
 from schemas.records import Record
+from streams.errors import UnprocessableError
 from streams.messages import FINGERPRINT, Emit, Incoming
 from streams.topics import TOPICS
 
@@ -21,7 +22,7 @@ _MAGIC = b"\x00"
 _FRAME = 5  # the magic byte and the id
 
 
-class DecodeError(ValueError):
+class DecodeError(UnprocessableError):
     """These bytes are no record of this topic: not framed, an unknown schema, or not what the schema says."""
 
 

@@ -51,6 +51,7 @@ class FencedProducer:
         """Fence: when this returns, no predecessor can commit any more, and its open transaction has ended.
 
         Raises:
+            FencedError: another one was opened meanwhile.
             KafkaError or TimeoutError: the broker is away.
         """
         try:
@@ -59,6 +60,9 @@ class FencedProducer:
                 # An empty transaction sends nothing but waits for the producer id: that request is the fence.
                 async with self._producer.transaction():
                     pass
+        except ProducerFenced as error:
+            await self.close()
+            raise FencedError(self.transactional_id) from error
         except BaseException:
             await self.close()
             raise
@@ -263,8 +267,10 @@ class Ownership:
             start, end = (await self.kafka.bounds([tp]))[tp]
             since = end
             found = -1
+            tail = _TAIL
             while since > start and found < 0:
-                since = max(start, since - _TAIL)
+                since = max(start, end - tail)
+                tail *= 4  # a long tail without a word of ours is read a third more than once
                 for record in await self.kafka.read([tp], since={tp: since}):
                     header = record.header(SOURCE) or b""
                     if header.startswith(source):

@@ -14,12 +14,9 @@ from aiokafka.errors import KafkaError
 
 from streams.kafka import Kafka, incoming
 from streams.stages import Stage
-from streams.workers import Workers
+from streams.workers import Workers, group_consumer, still_member
 
 log = structlog.get_logger(__name__)
-
-# The work does not happen in the poll loop, so a long poll interval hides nothing: Liveness watches instead.
-MAX_POLL_INTERVAL_MS = 24 * 3_600_000
 
 
 class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
@@ -29,15 +26,7 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
         self._kafka = kafka
         self._stage = stage
         self.workers = Workers(kafka, stage, epochs=epochs, still_ours=self._still_ours, status=status)
-        session = kafka.settings.session_timeout_ms
-        self._consumer = kafka.consumer(
-            group_id=kafka.group(stage.name),
-            session_timeout_ms=session,
-            heartbeat_interval_ms=session // 4,
-            max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
-            # How long members may take to rejoin: revoking waits 5 s at most for a commit already sent.
-            rebalance_timeout_ms=max(session, 10_000),
-        )
+        self._consumer = group_consumer(kafka, stage)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Feed the workers until `stop` is set, then let go in order."""
@@ -48,10 +37,12 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
             while not stop.is_set():
                 await self._poll()
         finally:
-            await self.workers.close()
-            await self._consumer.stop()
-            reporting.cancel()
-            await asyncio.gather(reporting, return_exceptions=True)
+            try:
+                await self.workers.close()
+            finally:
+                await self._consumer.stop()
+                reporting.cancel()
+                await asyncio.gather(reporting, return_exceptions=True)
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """Let go before the group goes on; the next owner repeats what was not committed."""
@@ -71,6 +62,7 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
                 log.warning("broker away", stage=self._stage.name, error=str(error))
                 await asyncio.sleep(1)
             else:
+                self.workers.liveness.polled()
                 self.workers.liveness.waiting_on = None
                 return
 
@@ -92,11 +84,4 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
         self._consumer.resume(*(tp for tp in paused if not self.workers.full(tp)))
 
     async def _still_ours(self, tp: TopicPartition) -> bool:
-        """Ask the group, by a heartbeat answered now, whether this member and generation still hold."""
-        coordinator = self._consumer._coordinator  # noqa: SLF001 (aiokafka is pinned below 0.15)
-        generation = coordinator.generation
-        try:
-            answered = await coordinator._do_heartbeat()  # noqa: SLF001
-        except KafkaError:
-            return False
-        return bool(answered and coordinator.generation == generation and tp in self._consumer.assignment())
+        return await still_member(self._consumer, tp)

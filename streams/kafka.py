@@ -9,6 +9,7 @@ from typing import Any, Literal
 import aiokafka
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import GroupCoordinatorNotAvailableError
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from streams.messages import Incoming
@@ -117,11 +118,18 @@ class Kafka:
             await admin.close()
 
     async def committed(self, group: str, tp: TopicPartition) -> tuple[int, str] | None:
-        """The group's committed offset for the partition and its metadata (the topic's epoch), or None."""
+        """The group's committed offset for the partition and its metadata (the topic's epoch), or None.
+
+        Raises:
+            KafkaError: the coordinator cannot say now.
+        """
         async with self.admin() as admin:
             found = await admin.list_consumer_group_offsets(group, partitions=[tp])
-        entry = found.get(tp)
-        return None if entry is None or entry.offset < 0 else (entry.offset, entry.metadata)
+        if tp not in found:
+            # The broker answers -1 for a partition without an offset. aiokafka overlooks the error of a whole
+            # group, as of a coordinator that is still loading; taken for "none", everything would be done again.
+            raise GroupCoordinatorNotAvailableError(group)
+        return None if found[tp].offset < 0 else (found[tp].offset, found[tp].metadata)
 
     async def bounds(self, tps: Sequence[TopicPartition]) -> dict[TopicPartition, tuple[int, int]]:
         """`(log start, end)` of each partition; the end counts records whose transaction is still open."""
@@ -135,11 +143,13 @@ class Kafka:
         tps: Sequence[TopicPartition],
         *,
         since: Mapping[TopicPartition, int] | None = None,
+        until: Mapping[TopicPartition, int] | None = None,
         epoch: str = "",
         within: float = 30.0,
     ) -> list[Incoming]:
         """Every committed record of the partitions, from the start or from `since` (offsets), to their end now.
 
+        `until` (offsets, exclusive) ends it earlier.
         The end is taken with open transactions counted, and waited for: a record of ours that is committed
         can stand behind a stranger's open transaction and must not be missed.
 
@@ -148,7 +158,8 @@ class Kafka:
         """
         bounds = await self.bounds(tps)
         starts = {tp: max(start, (since or {}).get(tp, start)) for tp, (start, _) in bounds.items()}
-        todo = {tp for tp, (_, end) in bounds.items() if starts[tp] < end}
+        ends = {tp: min(end, (until or {}).get(tp, end)) for tp, (_, end) in bounds.items()}
+        todo = {tp for tp in bounds if starts[tp] < ends[tp]}
         if not todo:
             return []
         found: list[Incoming] = []
@@ -158,9 +169,9 @@ class Kafka:
                 consumer.seek(tp, starts[tp])
             async with asyncio.timeout(within):
                 while todo:
-                    for batch in (await consumer.getmany(*todo, timeout_ms=100)).values():
-                        found.extend(incoming(record, epoch) for record in batch)
-                    todo = {tp for tp in todo if await consumer.position(tp) < bounds[tp][1]}
+                    for tp, batch in (await consumer.getmany(*todo, timeout_ms=100)).items():
+                        found.extend(incoming(record, epoch) for record in batch if record.offset < ends[tp])
+                    todo = {tp for tp in todo if await consumer.position(tp) < ends[tp]}
         return found
 
 

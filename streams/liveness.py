@@ -18,14 +18,31 @@ STALL_S = 45.0
 class PartitionLife:
     """What one partition's work did last."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], patience_s: float = STALL_S) -> None:
         self._clock = clock
+        self._waiting_on: str | None = None
+        self._patience_s = patience_s
         self.in_hand = 0
         """Records read and not yet committed."""
         self.position = 0
-        self.waiting_on: str | None = None
-        """settings, llm, store, images, disk or broker; None while nothing is waited for."""
         self.advanced_at = clock()
+
+    @property
+    def waiting_on(self) -> str | None:
+        """settings, llm, store, images, disk, broker or group; None while nothing is waited for."""
+        return self._waiting_on
+
+    @waiting_on.setter
+    def waiting_on(self, what: str | None) -> None:
+        if what is None and self._waiting_on is not None:
+            self.advanced_at = self._clock()  # the time of waiting was no stall
+        self._waiting_on = what
+
+    def hold(self, in_hand: int) -> None:
+        """So many records are in hand now."""
+        if not self.in_hand:
+            self.advanced_at = self._clock()  # having nothing to do was no stall
+        self.in_hand = in_hand
 
     def advanced(self, position: int, in_hand: int) -> None:
         """Something was committed."""
@@ -37,6 +54,11 @@ class PartitionLife:
         """Nothing is in hand: being idle is progress."""
         self.in_hand = 0
         self.advanced_at = self._clock()
+
+    def stalled_for(self) -> float | None:
+        """Seconds without progress, where that is more than can be explained."""
+        since = self._clock() - self.advanced_at
+        return since if self.in_hand and self._waiting_on is None and since > self._patience_s else None
 
 
 class Liveness:
@@ -52,9 +74,9 @@ class Liveness:
         self.generation = -1
         self.restarts_of_work = 0
 
-    def partition(self, name: str) -> PartitionLife:
-        """The life of a partition, from now on."""
-        life = PartitionLife(self._clock)
+    def partition(self, name: str, patience_s: float = STALL_S) -> PartitionLife:
+        """The life of a partition, from now on; `patience_s`: how long one record may honestly take."""
+        life = PartitionLife(self._clock, patience_s)
         self.partitions[name] = life
         return life
 
@@ -72,10 +94,8 @@ class Liveness:
         if self.waiting_on is None and now - self.polled_at > STALL_S:
             return f"the consumer has not polled for {now - self.polled_at:.0f} s"
         for name, life in self.partitions.items():
-            if life.waiting_on is None and life.in_hand and now - life.advanced_at > STALL_S:
-                return (
-                    f"{name} has {life.in_hand} records in hand and has not advanced for {now - life.advanced_at:.0f} s"
-                )
+            if (stalled := life.stalled_for()) is not None:
+                return f"{name} has {life.in_hand} records in hand and has not advanced for {stalled:.0f} s"
         return None
 
     def report(self) -> dict[str, Any]:

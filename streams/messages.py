@@ -67,13 +67,14 @@ class Tick(NamedTuple):
 
     @classmethod
     def of(cls, record: Incoming) -> "Tick | None":
-        """The tick that this record is, or None. A tick without a readable time is none."""
+        """The tick that this record is, or None. A tick whose time or camera cannot be read is none."""
         if record.header(KIND) != TICK:
             return None
         wall, camera = record.header(WALL), record.header(CAMERA)
-        if wall is None or not wall.isdigit():
+        try:
+            return cls(int(wall or b""), camera.decode() if camera is not None else None)
+        except ValueError:
             return None
-        return cls(int(wall), camera.decode() if camera is not None else None)
 
     def emit(self, topic: str, partition: int | None = None) -> Emit:
         """The record that carries it."""

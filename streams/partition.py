@@ -33,6 +33,9 @@ BUFFER_BYTES = 8 * 1024 * 1024
 _COMMIT_RECORDS = 500
 _COMMIT_BYTES = 2 * 1024 * 1024
 
+# Records of a partition that a map stage has taken at once; how many it works on is `concurrency`.
+_WINDOW = 128
+
 # An unexpected exception may be the world's fault; the third time it is the record's.
 _ATTEMPTS = 3
 
@@ -49,12 +52,16 @@ class Buffer:
         self._records: deque[Incoming] = deque()
         self._cursor = 0
         self._waiting_bytes = 0
+        self._floor = 0
         self.wake = asyncio.Event()
         """Set when something was added, or when a worker wants itself looked at."""
 
     def add(self, record: Incoming) -> None:
-        """Append the next record as it was read. One that is here already (a host read it again) is dropped."""
-        if self._records and record.offset <= self._records[-1].offset:
+        """Append the next record as it was read. One that is here already, or done, is dropped.
+
+        A host may begin below the position, and may read again what it has read.
+        """
+        if record.offset < self._floor or (self._records and record.offset <= self._records[-1].offset):
             return
         self._records.append(record)
         self._waiting_bytes += record.size
@@ -69,17 +76,20 @@ class Buffer:
         """Offset of the first record; it must not be empty."""
         return self._records[0].offset
 
-    def take(self) -> Incoming | None:
-        """The next waiting record, or None."""
+    def take(self, upto: int | None = None) -> Incoming | None:
+        """The next waiting record, or None; with `upto` none of a higher offset."""
         if self._cursor >= len(self._records):
             return None
         record = self._records[self._cursor]
+        if upto is not None and record.offset > upto:
+            return None
         self._cursor += 1
         self._waiting_bytes -= record.size
         return record
 
     def committed(self, position: int) -> None:
-        """Forget what lies below the position."""
+        """Forget what lies below the position, and take no more of it."""
+        self._floor = position
         while self._records and self._records[0].offset < position:
             record = self._records.popleft()
             if self._cursor:
@@ -125,6 +135,8 @@ class PartitionWorker:
         self.life = life
         self.still_ours = still_ours
         self.slots = slots
+        self.failures: dict[int, int] = {}
+        """How often a record, by offset, ended a fold with an unexpected exception."""
 
     @property
     def partition(self) -> int:
@@ -132,33 +144,40 @@ class PartitionWorker:
         return int(self.ownership.tp.partition)
 
     async def run(self) -> None:
-        """Work until cancelled, or until another owner has the partition (the next generation starts anew)."""
+        """Work until cancelled."""
         failures = 0
         try:
             while True:
                 while not len(self.buffer):
                     await self._wait()
+                began = time.monotonic()
+                self.life.hold(len(self.buffer))
                 try:
                     await self.ownership.acquire()
                     self.life.waiting_on = None
                     await self._fill_front()
                     self.buffer.rewind(self.ownership.position)
-                    began = time.monotonic()
                     await _work(self, self.stage)
                 except FencedError:
                     # Two causes: another owner, or the coordinator timed our transaction out. A zombie that
                     # re-opened would fence the rightful owner, so ask the group first.
-                    if not await self.still_ours():
-                        log.warning("fenced by another owner", stage=self.stage.name, partition=self.partition)
-                        return
+                    await self._until_ours()
                 except (UncertainError, KafkaError, TimeoutError, OSError) as error:
                     self.life.waiting_on = "broker"
                     log.warning("acquiring again", stage=self.stage.name, partition=self.partition, error=str(error))
-                    began = time.monotonic()
+                except Exception:  # try again from the position; if that helps nothing, Liveness reports a stall
+                    log.exception("unexpected", stage=self.stage.name, partition=self.partition)
                 failures = 1 if time.monotonic() - began > 60 else failures + 1
                 await asyncio.sleep(random.uniform(0.1, 0.3) * min(2**failures, 20))
         finally:
             await self.ownership.release()
+
+    async def _until_ours(self) -> None:
+        """Wait while the partition is someone else's: until revoked, or until the group says that it is ours."""
+        while not await self.still_ours():
+            self.life.waiting_on = "group"
+            log.warning("fenced by another owner", stage=self.stage.name, partition=self.partition)
+            await asyncio.sleep(2)
 
     async def _fill_front(self) -> None:
         """Read what lies between the position and what the host fed, where the host began too late.
@@ -170,9 +189,10 @@ class PartitionWorker:
             return
         tp, first = self.ownership.tp, self.buffer.first_offset
         if first > self.ownership.position:
-            since = {tp: self.ownership.position}
-            missing = await self.ownership.kafka.read([tp], since=since, epoch=self.ownership.epoch)
-            self.buffer.prepend([record for record in missing if record.offset < first])
+            missing = await self.ownership.kafka.read(
+                [tp], since={tp: self.ownership.position}, until={tp: first}, epoch=self.ownership.epoch
+            )
+            self.buffer.prepend(missing)
 
     async def commit(self, emits: Sequence[Emit], position: int) -> None:
         """Commit, forget what is done, and say so."""
@@ -200,7 +220,7 @@ async def _work(worker: PartitionWorker, stage: Stage) -> None:
 async def _map(worker: PartitionWorker, stage: MapStage) -> None:
     """Records in hand at once, results emitted in offset order."""
     running: deque[tuple[Incoming, asyncio.Task[list[Emit]]]] = deque()
-    window = max(2 * stage.concurrency, 32)
+    window = max(2 * stage.concurrency, _WINDOW)
     next_offset = worker.ownership.position
     try:
         while True:
@@ -217,7 +237,7 @@ async def _map(worker: PartitionWorker, stage: MapStage) -> None:
                 size += sum(len(emit.value or b"") for emit in results)
                 next_offset = record.offset + 1
                 done += 1
-            worker.life.in_hand = len(worker.buffer)
+            worker.life.hold(len(worker.buffer))
             if done:
                 await worker.commit(emits, next_offset)
             else:
@@ -269,15 +289,12 @@ async def _fold(worker: PartitionWorker, stage: FoldStage) -> None:
                 next_offset = record.offset + 1
                 if Tick.of(record) is not None:
                     pulse.unanswered = 0
-                try:
-                    emits += [ownership.derived(emit, record) for emit in fold.feed(record)]
-                except UnprocessableError as error:
-                    emits.append(ownership.dead_letter(record, error, 1))
+                emits += _feed(worker, fold, record)
             if taken:
                 emits += [codec.emit(stage.state_topic, state) for state in fold.moved(next_offset)]
                 await worker.commit(emits, fold.position(next_offset))
                 # An open window holds the position back; the records it keeps are no sign of a stall.
-                worker.life.in_hand = worker.buffer.waiting
+                worker.life.hold(worker.buffer.waiting)
             else:
                 worker.buffer.wake.clear()
                 worker.life.idle()
@@ -285,6 +302,21 @@ async def _fold(worker: PartitionWorker, stage: FoldStage) -> None:
     finally:
         ticker.cancel()
         await asyncio.gather(ticker, return_exceptions=True)
+
+
+def _feed(worker: PartitionWorker, fold: Fold, record: Incoming) -> list[Emit]:
+    """What closed by the record, or its dead letter. After an unexpected exception the fold is of no use."""
+    failures = worker.failures.get(record.offset, 0)
+    try:
+        if failures >= _ATTEMPTS:
+            raise UnprocessableError(f"failed {failures} times, see the log")
+        return [worker.ownership.derived(emit, record) for emit in fold.feed(record)]
+    except UnprocessableError as error:
+        worker.failures.pop(record.offset, None)
+        return [worker.ownership.dead_letter(record, error, failures + 1)]
+    except Exception:
+        worker.failures[record.offset] = failures + 1
+        raise
 
 
 class _Pulse:
@@ -341,7 +373,7 @@ async def _range(worker: PartitionWorker, stage: RangeStage) -> None:
         if pending is None:
             while not buffer.waiting:
                 await worker._wait()  # noqa: SLF001 (one module)
-            worker.life.in_hand = len(buffer)
+            worker.life.hold(len(buffer))
             if buffer.waiting < stage.max_records:
                 await asyncio.sleep(stage.linger_s)
             records = _take_range(buffer, stage.max_records)
@@ -386,16 +418,21 @@ def _take_range(buffer: Buffer, limit: int) -> list[Incoming]:
 
 async def _retake(worker: PartitionWorker, pending: SinkState) -> list[Incoming]:
     """Exactly the records of the pending range, as they come in again."""
+    buffer = worker.buffer
     records: list[Incoming] = []
+    # A waiting record that `upto` holds back lies behind the range: what is missing of it is gone.
     while not records or records[-1].offset < pending.hi:
-        record = worker.buffer.take()
-        if record is None:
-            worker.buffer.wake.clear()
-            await worker.buffer.wake.wait()
-        elif record.offset >= pending.lo:
-            records.append(record)
-    if len(records) != pending.rows or records[-1].offset != pending.hi:
-        # Retention removed a part of it meanwhile. Other rows under the token would be dropped silently.
+        record = buffer.take(upto=pending.hi)
+        if record is not None:
+            if record.offset >= pending.lo:
+                records.append(record)
+        elif buffer.waiting:
+            break
+        else:
+            buffer.wake.clear()
+            await buffer.wake.wait()
+    if len(records) != pending.rows:
+        # Retention removed a part of it meanwhile. If the whole was inserted before, the token drops the rest.
         log.error(
             "range changed", topic=pending.topic, partition=pending.partition, rows=len(records), was=pending.rows
         )

@@ -9,11 +9,12 @@ from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 import structlog
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
 
 from streams.delivery import Ownership
 from streams.kafka import Kafka
-from streams.liveness import Liveness
+from streams.liveness import STALL_S, Liveness
 from streams.messages import Incoming
 from streams.partition import PartitionWorker
 from streams.stages import MapStage, Stage
@@ -22,6 +23,9 @@ log = structlog.get_logger(__name__)
 
 # How often the status file is written, seconds.
 _REPORT_EVERY_S = 1.0
+
+# The work does not happen in the poll loop, so a long poll interval hides nothing: Liveness watches instead.
+MAX_POLL_INTERVAL_MS = 24 * 3_600_000
 
 
 class Workers:
@@ -42,6 +46,7 @@ class Workers:
         self._epochs = epochs
         self._still_ours = still_ours
         self._status = status
+        self._closed = False
         self._running: dict[TopicPartition, tuple[PartitionWorker, asyncio.Task[None]]] = {}
         # Range stages do one insert a partition at a time; the store takes a few at once.
         self._slots = asyncio.Semaphore(getattr(stage, "concurrency", 8))
@@ -53,6 +58,8 @@ class Workers:
     def feed(self, record: Incoming) -> None:
         """Hand a record to its partition's worker; start one at the partition's first record."""
         tp = TopicPartition(record.topic, record.partition)
+        if self._closed:
+            return
         if tp not in self._running:
             self._running[tp] = self._start(tp)
         self._running[tp][0].buffer.add(record)
@@ -72,6 +79,7 @@ class Workers:
 
     async def close(self) -> None:
         """End all work and the stage's own resources; write the last report."""
+        self._closed = True
         await self.revoke(list(self._running))
         close = getattr(self.stage, "close", None)
         if close is not None:
@@ -100,7 +108,7 @@ class Workers:
         worker = PartitionWorker(
             self.stage,
             ownership,
-            self.liveness.partition(f"{tp.topic}-{tp.partition}"),
+            self.liveness.partition(f"{tp.topic}-{tp.partition}", getattr(self.stage, "patience_s", STALL_S)),
             still_ours=lambda: self._still_ours(tp),
             slots=self._slots,
         )
@@ -113,3 +121,50 @@ def _log_failure(task: "asyncio.Task[None]") -> None:
     """A worker never ends with an exception of its own; if it does, the log says why before the stall restarts it."""
     if not task.cancelled() and task.exception() is not None:
         log.error("worker died", worker=task.get_name(), exc_info=task.exception())
+
+
+def group_consumer(kafka: Kafka, stage: Stage) -> AIOKafkaConsumer:
+    """The consumer of a stage's group, as every host wants it; not started."""
+    session = kafka.settings.session_timeout_ms
+    return kafka.consumer(
+        group_id=kafka.group(stage.name),
+        session_timeout_ms=session,
+        heartbeat_interval_ms=session // 4,
+        max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
+        max_poll_records=500,
+        # How long members may take to rejoin: revoking waits 5 s at most for a commit already sent.
+        rebalance_timeout_ms=max(session, 10_000),
+    )
+
+
+async def still_member(consumer: AIOKafkaConsumer, tp: TopicPartition) -> bool:
+    """Ask the group, by a heartbeat answered now, whether this member, generation and partition still hold.
+
+    As long as nobody answers it asks again: a coordinator that is away says nothing of us.
+    """
+    coordinator = consumer._coordinator  # noqa: SLF001 (aiokafka is pinned below 0.15)
+    while (generation := coordinator.generation) > 0:
+        answered = False
+        with contextlib.suppress(KafkaError):
+            answered = await coordinator._do_heartbeat()  # noqa: SLF001
+        if coordinator.generation != generation or tp not in consumer.assignment():
+            return False
+        if answered:
+            return True
+        await asyncio.sleep(1)
+    return False
+
+
+async def until_broker_answers(kafka: Kafka, liveness: Liveness, stop: asyncio.Event) -> bool:
+    """Wait for the broker; False when `stop` came first."""
+    while not stop.is_set():
+        try:
+            async with kafka.admin():
+                liveness.polled()
+                liveness.waiting_on = None
+                return True
+        except (KafkaError, OSError) as error:
+            liveness.waiting_on = "broker"
+            log.warning("broker away", error=str(error))
+            await asyncio.sleep(1)
+    return False

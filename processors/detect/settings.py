@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 
 class DetectorSettings(BaseModel):
@@ -14,6 +14,8 @@ class DetectorSettings(BaseModel):
         "demo",
         description="A directory or hub name that transformers' Auto classes load; `demo` is the model in the tree.",
     )
+    url: str | None = Field(None, description="A detector service (POST /detect/batch) instead of a model in process.")
+    api_key: SecretStr | None = Field(None, description="The service's key, by environment: RTDETR_API_KEY.")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves it to torch.")
     batch_size: int = Field(8, ge=1, le=256, description="Frames of all cameras that one inference takes at most.")

@@ -1,0 +1,161 @@
+"""How commands speak: tables for people, JSON for programs, one line for what a person can mend, exit codes.
+
+Exit codes: 0 yes; 1 the answer is no, or a check failed; 2 usage or settings; 3 a service is away.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, NoReturn, TypeVar
+from zoneinfo import ZoneInfo
+
+import typer
+from aiokafka.errors import KafkaError
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from infra.config import Settings
+from processors.sink.queries import QueryError
+from streams.admin import TopicsError
+from streams.errors import UnavailableError
+
+NO = 1
+USAGE = 2
+AWAY = 3
+
+# A pipe has no width: wide enough for an id and a sentence, so that lines stay whole for grep.
+PIPE_WIDTH = 240
+
+LEVEL_STYLES = {"low": "green", "medium": "yellow", "high": "red", "critical": "bold white on red"}
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
+
+T = TypeVar("T")
+
+
+def fail(message: str, code: int = NO) -> NoReturn:
+    """Say on stderr why not, and end with the exit code."""
+    typer.echo(f"error: {printable(message)}", err=True)
+    raise typer.Exit(code)
+
+
+def console() -> Console:
+    """Standard output as it is now; a pipe gets neither colour nor wrapping at 80 columns."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(width=width, highlight=False, soft_wrap=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output. Bytes become text where they are text, times ISO 8601."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=_jsonable))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
+    """A table; numbers stand to the right, and nothing in a cell is taken for markup or terminal control."""
+    rows = [list(row) for row in rows]
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        numeric = any(isinstance(row[index], int | float) and not isinstance(row[index], bool) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(text_of(cell)) for cell in row))
+    console().print(table)
+
+
+def text_of(cell: Any) -> str:
+    """A value as people read it in a cell."""
+    match cell:
+        case None:
+            text = "-"
+        case bool():
+            text = "yes" if cell else "no"
+        case datetime():
+            text = cell.isoformat(sep=" ", timespec="milliseconds" if cell.microsecond else "seconds")
+        case float():
+            text = f"{cell:g}" if abs(cell) < 1e6 else f"{cell:.0f}"
+        case bytes():
+            text = repr(cell)[2:-1]
+        case list() | tuple() | dict():
+            text = json.dumps(cell, ensure_ascii=False, default=_jsonable)
+        case _:
+            text = str(cell)
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """The text without characters that steer a terminal: cameras, models and strangers write what we show."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def level_text(level: str, score: int | None = None) -> Text:
+    """A risk level in its colour."""
+    return Text(level if score is None else f"{score} {level}", style=LEVEL_STYLES.get(level, ""))
+
+
+def when(ms: float | datetime | None, time_zone: str = "UTC") -> str:
+    """Milliseconds since the Unix epoch (or a time) in a zone, with its offset; `-` for none."""
+    if ms is None:
+        return "-"
+    at = ms if isinstance(ms, datetime) else datetime.fromtimestamp(ms / 1000, UTC)
+    if at.tzinfo is None:
+        at = at.replace(tzinfo=UTC)
+    local = at.astimezone(ZoneInfo(time_zone))
+    return local.isoformat(sep=" ", timespec="milliseconds" if local.microsecond else "seconds")
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on stderr while something takes its time; nothing when stderr is no terminal."""
+    with Console(stderr=True).status(what) if sys.stderr.isatty() else contextlib.nullcontext():
+        yield
+
+
+def run(settings: Settings, main: Callable[[], Coroutine[Any, Any, T]], *, doing: str = "reading ...") -> T:
+    """Run a command's work; a service that is away, or says no, is one clear line and an exit code."""
+    try:
+        with working(doing):
+            return asyncio.run(main())
+    except TopicsError as error:
+        fail(str(error), USAGE)
+    except (KafkaError, TimeoutError) as error:
+        fail(f"{broker_away(settings)}: {explain(error)}", AWAY)
+    except UnavailableError as error:
+        fail(f"{error}{start_hint(settings)}", AWAY)
+    except QueryError as error:
+        fail(f"ClickHouse: {error}", NO)
+
+
+def broker_away(settings: Settings) -> str:
+    """Which setting names the broker, and what to do."""
+    start = "start it with `rewatch up`, or set kafka.bootstrap_servers" if settings.local_kafka else "look there"
+    return f"no answer from the broker at {settings.kafka.bootstrap_servers} (kafka.bootstrap_servers); {start}"
+
+
+def start_hint(settings: Settings) -> str:
+    """What starts an embedded ClickHouse; nothing where it is someone else's."""
+    return "; start it with `rewatch up`, or set clickhouse.url" if settings.local_clickhouse else ""
+
+
+def explain(error: BaseException) -> str:
+    """One line about an error: its class says more than nothing."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return {"hex": value.hex()}
+    if isinstance(value, datetime):
+        return (value if value.tzinfo is not None else value.replace(tzinfo=UTC)).isoformat()
+    if hasattr(value, "items"):
+        return dict(value)
+    return str(value)

@@ -1,0 +1,52 @@
+"""`rewatch sql`: a question to ClickHouse, read-only."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from infra.cli.output import USAGE, JsonFlag, fail, print_table, run
+from infra.cli.store import Store
+
+if TYPE_CHECKING:
+    from infra.config import Settings
+
+
+def register(root: typer.Typer) -> None:
+    """Add this command to the root."""
+    root.command()(sql)
+
+
+def sql(
+    ctx: typer.Context,
+    query: Annotated[str, typer.Argument(help="One statement; it cannot write. `-` reads it from standard input.")],
+    limit: Annotated[int, typer.Option(min=0, help="At most so many rows; 0 for all.")] = 1000,
+    as_json: JsonFlag = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a header line.")] = False,
+) -> None:
+    """Ask ClickHouse, read-only. Try: SELECT * FROM events LIMIT 5; SHOW TABLES; DESCRIBE events."""
+    settings: Settings = ctx.obj
+    if as_json and as_csv:
+        fail("--json or --csv, not both", USAGE)
+    text = (typer.get_text_stream("stdin").read() if query == "-" else query).strip().rstrip(";")
+    if not text:
+        fail("the query is empty", USAGE)
+    wanted = "CSVWithNames" if as_csv else "JSON" if as_json else "JSONCompact"
+
+    async def main() -> bytes:
+        async with Store(settings) as store:
+            # One row more than is shown tells whether there are more.
+            return await store.raw(text, wanted, limit=limit + 1 if limit and not as_json and not as_csv else limit)
+
+    answer = run(settings, main, doing="asking ...").decode(errors="replace")
+    if as_csv:
+        typer.echo(answer, nl=False)
+        return
+    document = json.loads(answer) if answer.strip() else {"meta": [], "data": []}
+    if as_json:
+        typer.echo(json.dumps(document["data"], indent=2, ensure_ascii=False))
+        return
+    rows = document["data"]
+    print_table([column["name"] for column in document["meta"]], rows[:limit] if limit else rows)
+    if limit and len(rows) > limit:
+        typer.echo(f"the first {limit} rows; --limit 0 for all", err=True)

@@ -1,0 +1,173 @@
+"""The questions that commands put to ClickHouse, beyond the sink's own; tables as `schemas/clickhouse` has them."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, NamedTuple, Self
+
+from clickhouse_connect.driver.exceptions import DatabaseError
+
+from infra.config import Settings
+from processors.sink.queries import Queries, QueryError
+from processors.sink.store import Connection
+from schemas.migrations import migrations, pending
+
+Row = dict[str, Any]
+
+# Every column of a position, and the hex of what may be binary: clients take a String for text.
+_LETTER = """
+    l.origin AS origin, l.stage AS stage, l.kind AS kind, l.camera_id AS camera_id, l.error AS error,
+    l.message AS message, l.attempt AS attempt, hex(l.key) AS key, hex(l.value) AS value, l.claim AS claim,
+    arrayMap(h -> tuple(h.1, hex(h.2)), l.headers) AS headers, l.detail AS detail, l.failed_at AS failed_at,
+    s.status AS status
+"""
+_STATUS = "SELECT origin, argMax(status, (at, offset)) AS status FROM dead_letter_status FINAL GROUP BY origin"
+
+
+class Lineage(NamedTuple):
+    """An event and the rows that it was made from, as their tables have them; None where one is not there."""
+
+    event: Row
+    batch: Row | None
+    context: Row | None
+    frames: Mapping[str, Row]
+    """By frame_id."""
+    detections: Mapping[str, Row]
+    """By frame_id."""
+
+
+class Store:
+    """A connection to ClickHouse. Use it as an async context manager.
+
+    Its methods raise `UnavailableError` when ClickHouse is away or the tables are not there.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._connection = Connection(settings.clickhouse)
+        self._queries = Queries(settings.clickhouse)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._queries.aclose()
+        await self._connection.close()
+
+    async def version_and_clock(self) -> tuple[str, int]:
+        """The engine's version, and its wall time in milliseconds since the Unix epoch."""
+        [row] = await self.rows("SELECT version() AS version, toUnixTimestamp64Milli(now64(3)) AS at")
+        return row["version"], row["at"]
+
+    async def pending_migrations(self) -> list[str]:
+        """Names of the migrations that the database lacks.
+
+        Raises:
+            MigrationError: it has others than this version.
+        """
+        [there] = await self.rows(
+            "SELECT count() AS n FROM system.tables WHERE database = currentDatabase() AND name = 'schema_migrations'"
+        )
+        applied = await self.rows("SELECT version, sha256 FROM schema_migrations FINAL") if there["n"] else []
+        todo = pending(migrations(), {row["version"]: row["sha256"] for row in applied})
+        return [f"{migration.version:03d}_{migration.name}" for migration in todo]
+
+    async def counts(self) -> dict[str, int]:
+        """Records by topic, each counted once by its id; what could not be decoded is counted by its offset."""
+        return {topic: count.ids + count.undecodable for topic, count in (await self._queries.in_clickhouse()).items()}
+
+    async def dead_letter_counts(self) -> list[Row]:
+        """How many dead letters are open, by stage and kind."""
+        return await self.rows(
+            f"SELECT l.stage AS stage, l.kind AS kind, count() AS count FROM dead_letters AS l FINAL "  # noqa: S608 (a constant)
+            f"LEFT JOIN ({_STATUS}) AS s ON s.origin = l.origin "
+            "WHERE s.status = '' GROUP BY stage, kind ORDER BY count DESC",
+        )
+
+    async def dead_letters(
+        self, *, stage: str | None = None, kind: str | None = None, origin: str | None = None, limit: int
+    ) -> list[Row]:
+        """Dead letters, newest first; `origin` is a beginning. Key, value and header values are hex."""
+        return await self.rows(
+            f"SELECT {_LETTER} FROM dead_letters AS l FINAL "  # noqa: S608 (constants)
+            f"LEFT JOIN ({_STATUS}) AS s ON s.origin = l.origin "
+            "WHERE ({stage:String} = '' OR l.stage = {stage:String}) AND ({kind:String} = '' OR l.kind = {kind:String}) "
+            "AND startsWith(l.origin, {origin:String}) ORDER BY l.failed_at DESC, l.origin LIMIT {limit:UInt32}",
+            stage=stage or "",
+            kind=kind or "",
+            origin=origin or "",
+            limit=limit,
+        )
+
+    async def events(
+        self, *, camera: str | None = None, level: str | None = None, since: datetime | None = None, limit: int
+    ) -> list[Row]:
+        """Live events, newest first."""
+        return await self.rows(
+            "SELECT * FROM events WHERE ({camera:String} = '' OR camera_id = {camera:String}) "
+            "AND ({level:String} = '' OR risk_level = {level:String}) "
+            "AND started_at >= fromUnixTimestamp64Milli({since:Int64}) "
+            "ORDER BY started_at DESC, event_id LIMIT {limit:UInt32}",
+            camera=camera or "",
+            level=level or "",
+            since=0 if since is None else int(since.timestamp() * 1000),
+            limit=limit,
+        )
+
+    async def events_like(self, text: str, *, limit: int) -> list[Row]:
+        """Live events whose id begins so, with or without the camera's name before it."""
+        return await self.rows(
+            "SELECT * EXCEPT inserted_at FROM risk_events FINAL "
+            "WHERE run = 'live' AND (startsWith(event_id, {id:String}) "
+            "OR startsWith(substring(event_id, length(camera_id) + 2), {id:String})) "
+            "ORDER BY event_id LIMIT {limit:UInt32}",
+            id=text,
+            limit=limit,
+        )
+
+    async def lineage(self, event: Row) -> Lineage:
+        """What the event was made from."""
+        of_batch = {"camera": event["camera_id"], "batch": event["batch_id"]}
+        of_frames = {"camera": event["camera_id"], "frames": list(event["frame_ids"])}
+        by_batch = "WHERE camera_id = {camera:String} AND batch_id = {batch:String}"
+        by_frame = "WHERE camera_id = {camera:String} AND frame_id IN {frames:Array(String)}"
+        batches = await self.rows(f"SELECT * EXCEPT inserted_at FROM batches FINAL {by_batch}", **of_batch)  # noqa: S608 (constants)
+        contexts = await self.rows(f"SELECT * EXCEPT inserted_at FROM contexts FINAL {by_batch}", **of_batch)  # noqa: S608
+        frames = await self.rows(f"SELECT * EXCEPT inserted_at FROM frames FINAL {by_frame}", **of_frames)  # noqa: S608
+        seen = await self.rows(f"SELECT * EXCEPT inserted_at FROM detections FINAL {by_frame}", **of_frames)  # noqa: S608
+        return Lineage(
+            event,
+            batches[0] if batches else None,
+            contexts[0] if contexts else None,
+            {row["frame_id"]: row for row in frames},
+            {row["frame_id"]: row for row in seen},
+        )
+
+    async def rows(self, query: str, **parameters: Any) -> list[Row]:
+        """The rows of a query of ours; times are aware."""
+        with self._connection.naming():
+            found = await (await self._connection.client()).query(query, parameters=parameters)
+        return [dict(zip(found.column_names, row, strict=True)) for row in found.result_rows]
+
+    async def raw(self, query: str, fmt: str, *, limit: int) -> bytes:
+        """A person's query, formatted by the engine; it cannot write. `limit` 0 is none.
+
+        Raises:
+            QueryError: the query is wrong, or would change something; the message is the engine's own.
+        """
+        settings = {"readonly": 1, "limit": limit, "output_format_json_quote_64bit_integers": 0}
+        with self._connection.naming():
+            client = await self._connection.client()
+            try:
+                answer: bytes = await client.raw_query(query, settings=settings, fmt=fmt)
+            except DatabaseError as error:
+                if error.code is None:
+                    raise
+                raise QueryError(_own_words(error)) from error
+        return answer
+
+
+def _own_words(error: DatabaseError) -> str:
+    """What the engine says, without the client's wrapping and the build number."""
+    text = str(error)
+    begins = text.find("DB::Exception: ")
+    text = text[begins + len("DB::Exception: ") :] if begins >= 0 else text
+    return text.split(" (version ", 1)[0].strip()

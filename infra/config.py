@@ -1,0 +1,268 @@
+"""One validated `rewatch.yaml`: every section belongs to the room that reads it, and they meet here.
+
+Order of precedence: REWATCH_<SECTION>__<NAME> in the environment, the names that people of other services know
+(`ALIASES`), the file, the defaults. Secrets belong in the environment.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+
+from processors.analyze.settings import LlmSettings
+from processors.batch.settings import WindowsSettings
+from processors.detect.settings import DetectorSettings
+from processors.ingest.settings import IngestSettings
+from processors.sink.settings import ClickHouseSettings
+from streams.kafka import KafkaSettings
+
+ALIASES: dict[str, str] = {
+    "RTDETR_URL": "detector.url",
+    "RTDETR_MODEL_PATH": "detector.model_path",
+    "RTDETR_CONFIDENCE": "windows.threshold",
+    "RTDETR_API_KEY": "detector.api_key",
+    "NEMOTRON_URL": "llm.url",
+    "NEMOTRON_MODEL_PATH": "llm.model_path",
+    "NEMOTRON_CONTEXT_SIZE": "llm.context_size",
+    "NEMOTRON_GPU_LAYERS": "llm.gpu_layers",
+    "NEMOTRON_API_KEY": "llm.api_key",
+    "LLAMA_SERVER_PATH": "llm.server_path",
+    "TLS_MODE": "tls.mode",
+    "TLS_CERT_PATH": "tls.cert_path",
+    "TLS_KEY_PATH": "tls.key_path",
+    "TLS_MIN_VERSION": "tls.min_version",
+}
+"""Environment names of the services that this product's users come from, and the settings they set."""
+
+
+_PREFIX = "REWATCH_"
+
+
+class ConfigError(ValueError):
+    """The settings cannot be used; each line names a setting and the fix."""
+
+
+class LocalSettings(BaseModel):
+    """What `rewatch up` starts on this machine by itself. A service whose address is set elsewhere is not started."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kafka_port: int = Field(9092, ge=0, le=65535, description="Port of the embedded broker; 0 takes a free one.")
+    clickhouse_port: int = Field(8123, ge=0, le=65535, description="Port of the embedded ClickHouse engine.")
+    llama_port: int = Field(8091, ge=0, le=65535, description="Port of the embedded llama.cpp server.")
+
+
+class StageSettings(BaseModel):
+    """How one stage is run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    host: Literal["faust", "raw"] = Field(
+        "faust",
+        description="What feeds it. Change it only with all members of the stage stopped: the two never share a group.",
+    )
+    processes: int = Field(1, ge=0, le=64, description="Processes that `rewatch up` starts.")
+
+
+class StagesSettings(BaseModel):
+    """The topology table."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    detect: StageSettings = StageSettings()
+    batch: StageSettings = StageSettings()
+    enrich: StageSettings = StageSettings()
+    analyze: StageSettings = StageSettings()
+    # Many partitions of many topics, thousands of records a second while it catches up: Faust's host spends five
+    # times the CPU on each (measured), so the sink takes the raw one.
+    sink: StageSettings = StageSettings(host="raw")
+
+
+class TlsSettings(BaseModel):
+    """TLS of the HTTP services that this product runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mode: Literal["off", "files"] = Field("off", description="`files` serves HTTPS with cert_path and key_path.")
+    cert_path: Path | None = None
+    key_path: Path | None = None
+    min_version: Literal["1.2", "1.3"] = "1.2"
+
+
+class Settings(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        validate_default=True,
+    )
+    file: ClassVar[Path | None] = None
+
+    data_dir: Path = Field(Path(".rewatch"), description="Where everything local is kept.")
+    time_zone: str = Field("UTC", description="IANA time zone of cameras that have none of their own.")
+    images: str = Field("", description="Image store: a directory or an fsspec URL. Empty: <data_dir>/images.")
+    kafka: KafkaSettings = KafkaSettings()
+    clickhouse: ClickHouseSettings = ClickHouseSettings()
+    detector: DetectorSettings = DetectorSettings()
+    llm: LlmSettings = LlmSettings()
+    windows: WindowsSettings = WindowsSettings()
+    ingest: IngestSettings = IngestSettings()
+    stages: StagesSettings = StagesSettings()
+    local: LocalSettings = LocalSettings()
+    tls: TlsSettings = TlsSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment, aliases, file."""
+        del dotenv_settings, file_secret_settings
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings, _Aliases(settings_cls))
+        if cls.file is not None:
+            sources += (YamlConfigSettingsSource(settings_cls, yaml_file=cls.file),)
+        return sources
+
+    @property
+    def images_root(self) -> str:
+        """The image store's root."""
+        return self.images or str(self.data_dir / "images")
+
+    def is_set(self, section: str, name: str) -> bool:
+        """Whether a person set this, as against its default: an address that was set is not started here."""
+        return name in getattr(self, section).model_fields_set
+
+    @property
+    def local_kafka(self) -> bool:
+        """Whether the embedded broker is used."""
+        return not self.is_set("kafka", "bootstrap_servers")
+
+    @property
+    def local_clickhouse(self) -> bool:
+        """Whether the embedded ClickHouse engine is used."""
+        return not self.is_set("clickhouse", "url")
+
+    @property
+    def local_llm(self) -> bool:
+        """Whether the embedded llama.cpp server is used."""
+        return not self.is_set("llm", "url")
+
+
+class _Aliases(PydanticBaseSettingsSource):
+    """The well-known names in the environment, as a source of settings."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 (the base's shape)
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, path in ALIASES.items():
+            if name in os.environ:
+                section, setting = path.split(".")
+                found.setdefault(section, {})[setting] = os.environ[name]
+        return found
+
+
+def load(file: Path | None = None) -> Settings:
+    """The settings in force.
+
+    `file` is a path that a person named; without one `rewatch.yaml` in the working directory is read if it is there.
+
+    Raises:
+        ConfigError: what is wrong, a line each, naming the setting and the fix.
+    """
+    if file is not None and not file.exists():
+        raise ConfigError(f"{file}: no such file (--config)")
+    default = Path("rewatch.yaml")
+    chosen = file or (default if default.exists() else None)
+    if chosen is not None:
+        _check_file(chosen)
+    _check_environment()
+    bound = type("Settings", (Settings,), {"file": chosen, "__doc__": Settings.__doc__})
+    try:
+        return bound()  # type: ignore[no-any-return]
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem, chosen) for problem in error.errors())) from error
+    except SettingsError as error:  # a list or map in the environment that is no JSON
+        raise ConfigError(f"{error}; write lists and maps as JSON: REWATCH_WINDOWS__OPEN_ON='[\"person\"]'") from error
+
+
+def known_settings(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    """Every setting's dotted name."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += known_settings(kind, f"{prefix}{name}.")
+    return names
+
+
+def _check_file(file: Path) -> None:
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror} (--config)") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not YAML: {error}") from error
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"{file}: must be a map of sections, as `kafka:` with its settings indented below")
+
+
+def _check_environment() -> None:
+    """A misspelt name in the environment would set nothing, silently."""
+    known = {_variable(name): name for name in known_settings()}
+    problems = []
+    for variable in os.environ:
+        name = variable.upper()
+        # What lies below a map is a person's own naming: REWATCH_INGEST__FOLDER__CAMERAS__DRIVEWAY.
+        if name.startswith(_PREFIX) and not any(name == k or name.startswith(f"{k}__") for k in known):
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "`rewatch config show` lists all"
+            problems.append(f"{variable} (environment): there is no such setting; {hint}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _variable(name: str) -> str:
+    return _PREFIX + name.upper().replace(".", "__")
+
+
+def _explain(problem: Any, file: Path | None) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    where = f"{file}: " if file is not None else ""
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(path, known_settings(), n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else "`rewatch config show` lists all"
+        return f"{where}{path}: there is no such setting; {hint}"
+    got = problem["input"]
+    # A section's values are not repeated, and a secret's never: this goes to terminals and logs.
+    shown = f" (got {got!r})" if isinstance(got, str | int | float) and not _is_secret(path) else ""
+    return f"{where}{path}: {problem['msg']}{shown}"
+
+
+def _is_secret(path: str) -> bool:
+    model: Any = Settings
+    annotation: Any = None
+    for part in path.split("."):
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            break
+        model = annotation = field.annotation
+    return annotation is SecretStr or SecretStr in get_args(annotation)

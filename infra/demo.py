@@ -1,0 +1,205 @@
+"""`rewatch demo`: rendered footage of three cameras through everything, on real parts, shown as it happens.
+
+Nothing here knows what will be found: it copies JPEGs into the inbox as cameras would, then asks ClickHouse.
+"""
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from infra.cli.show import collect
+from infra.config import Settings
+from infra.installation import Installation
+from infra.models.stories import CAMERAS, Footage, write_footage
+from processors.sink.queries import Queries
+from streams.kafka import Kafka
+from streams.messages import Tick
+from streams.topics import partition_of
+
+# Everything is on this machine, so a drain takes seconds; this bounds a demo whose machine is overwhelmed.
+_DRAIN_S = 300.0
+_COLOURS = {"low": "green", "medium": "yellow", "high": "red", "critical": "bold white on red"}
+
+TRY = (
+    "SELECT camera_id, risk_level, count() AS events FROM events GROUP BY ALL ORDER BY events DESC",
+    "SELECT hour, camera_id, frames, windows FROM camera_activity ORDER BY hour, camera_id",
+    "SELECT topic, records, last_at FROM pipeline_lag ORDER BY topic",
+)
+
+
+class DemoError(RuntimeError):
+    """The demo did not end as it must; the message says what is missing."""
+
+
+async def run_demo(settings: Settings, config: Path | None, stop_event: Callable[[], asyncio.Event]) -> None:
+    """Play the footage, show the events, write `<data_dir>/demo.json`.
+
+    Raises:
+        DemoError: not every frame came out at the other end.
+    """
+    console = Console()
+    began = time.monotonic()
+    stop = stop_event()
+    seconds: dict[str, float] = {"install": _install_seconds()}
+    console.print("[bold]rewatch demo[/bold]: three cameras, one day, everything on this machine")
+    console.print("first run downloads the Kafka broker: 45 jars, 43 MB, kept for later runs")
+    with console.status("starting Kafka, ClickHouse, llama.cpp and six stages ..."):
+        installation = Installation(settings, config)
+        await installation.__aenter__()
+    try:
+        seconds["start"] = time.monotonic() - began
+        console.print(f"up after {seconds['start']:.0f} s")
+        footage = await asyncio.to_thread(_render, settings)
+        playing = asyncio.create_task(_play(settings, footage))
+        watching = asyncio.create_task(_watch(settings, console, began, seconds))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({playing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.is_set():
+                return
+            await playing
+            state = await _drained(settings, console, len(footage.frames))
+        finally:
+            for task in (playing, watching, stopping):
+                task.cancel()
+            await asyncio.gather(playing, watching, stopping, return_exceptions=True)
+        await _finish(settings, console)
+    finally:
+        with console.status("stopping ..."):
+            await installation.__aexit__(None, None, None)
+    seconds["total"] = time.monotonic() - began
+    state["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    (settings.data_dir / "demo.json").write_text(json.dumps(state, indent=2))
+    console.print(f"{seconds['total']:.0f} s in all; the data stay: `rewatch up` goes on from them")
+
+
+def _render(settings: Settings) -> Footage:
+    """A day of footage that this data directory has not seen: each demo is a day later, or it would find repeats."""
+    directory = settings.data_dir / "demo"
+    runs = sorted(directory.glob("day-*"))
+    day = datetime.now(UTC).date() - timedelta(days=30 - len(runs) % 30)
+    return write_footage(directory / f"day-{len(runs):03d}", day=day)
+
+
+async def _play(settings: Settings, footage: Footage) -> None:
+    """Drop the files into the inbox as cameras do, in order; then say that no more will come."""
+    inbox = Path(settings.ingest.folder)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("frames", total=len(footage.frames))
+        waiting: list[Path] = []
+        for frame in footage.frames:
+            target = inbox / frame.camera / frame.path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_suffix(".part")
+            shutil.copyfile(frame.path, part)
+            part.rename(target)
+            waiting.append(target)
+        while waiting:
+            await asyncio.sleep(0.1)
+            waiting = [path for path in waiting if path.exists()]
+            progress.update(task, completed=len(footage.frames) - len(waiting))
+    kafka = Kafka(settings.kafka)
+    producer = kafka.producer()
+    await producer.start()
+    try:
+        for camera in CAMERAS:
+            tick = Tick(int(time.time() * 1000), camera).emit("frames")
+            await producer.send_and_wait(
+                tick.topic,
+                key=tick.key,
+                value=None,
+                headers=list(tick.headers),
+                partition=partition_of(camera, settings.kafka.partitions),
+            )
+    finally:
+        await producer.stop()
+
+
+async def _watch(settings: Settings, console: Console, began: float, seconds: dict[str, float]) -> None:
+    """Print each event as it arrives in ClickHouse."""
+    seen: set[str] = set()
+    async with aclosing(Queries(settings.clickhouse)) as queries:
+        while True:
+            for event in await queries.events(limit=1000):
+                if event["event_id"] not in seen:
+                    seen.add(event["event_id"])
+                    seconds.setdefault("first_event", time.monotonic() - began)
+                    colour = _COLOURS[event["risk_level"]]
+                    console.print(
+                        f"{event['started_at']:%H:%M:%S} {event['camera_id']:<12} "
+                        f"[{colour}]{event['risk_level']:<8} {event['risk_score']:>3}[/]  {event['summary']}",
+                        highlight=False,
+                    )
+            await asyncio.sleep(0.5)
+
+
+async def _drained(settings: Settings, console: Console, frames: int) -> dict[str, Any]:
+    """Wait until every frame is at the other end; return what `rewatch status --json` says then."""
+    deadline = time.monotonic() + _DRAIN_S
+    with console.status("waiting for the last windows ..."):
+        while True:
+            state = await collect(settings)
+            missing = _missing(state)
+            if not missing:
+                return state
+            if time.monotonic() > deadline:
+                raise DemoError(f"after {_DRAIN_S:.0f} s of waiting for {frames} frames: {'; '.join(missing)}")
+            await asyncio.sleep(0.5)
+
+
+def _missing(state: dict[str, Any]) -> list[str]:
+    topics = {topic["topic"]: topic for topic in state["topics"]}
+    records = {name: topic["records"] for name, topic in topics.items()}
+    return [
+        *(f"{s['stage']} lags by {s['lag']}" for s in state["stages"] if s.get("lag")),
+        *(
+            f"{name}: {topic['in_clickhouse']} of {topic['records']} in ClickHouse"
+            for name, topic in topics.items()
+            if topic["in_clickhouse"] != topic["records"]
+        ),
+        *([] if records["detections"] == records["frames"] else ["frames without detections"]),
+        *([] if records["contexts"] == records["batches"] else ["batches without contexts"]),
+        *([] if records["risk_events"] + records["dead_letters"] >= records["contexts"] else ["contexts without events"]),
+    ]
+
+
+async def _finish(settings: Settings, console: Console) -> None:
+    async with aclosing(Queries(settings.clickhouse)) as queries:
+        table = Table("when", "camera", "risk", "what", title="the riskiest events")
+        for event in await queries.events(limit=5, order="risk"):
+            colour = _COLOURS[event["risk_level"]]
+            table.add_row(
+                f"{event['started_at']:%Y-%m-%d %H:%M}",
+                event["camera_id"],
+                f"[{colour}]{event['risk_score']} {event['risk_level']}[/]",
+                f"{event['summary']} [dim]{event['event_id']}[/dim]",
+            )
+        console.print(table)
+    state = await collect(settings)
+    counts = Table("topic", "records", "in ClickHouse", title="every topic")
+    for topic in state["topics"]:
+        if topic["records"]:
+            counts.add_row(topic["topic"], str(topic["records"]), str(topic["in_clickhouse"]))
+    console.print(counts)
+    console.print("[bold]try[/bold], with `rewatch up` running:")
+    for query in TRY:
+        console.print(f'  .venv/bin/rewatch sql "{query}"', highlight=False)
+
+
+def _install_seconds() -> float:
+    """How long `make` took to install, which it wrote beside the environment; 0 where it was there already."""
+    ready = Path(".venv/.ready")
+    try:
+        return float(ready.read_text().strip() or 0)
+    except (OSError, ValueError):
+        return 0.0

@@ -1,0 +1,135 @@
+"""One installation on this machine: the servers that are not elsewhere, and the processes of every stage.
+
+What `rewatch up` and `rewatch demo` run. Every child is supervised; data stay under `data_dir`.
+"""
+
+import json
+import os
+import sys
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Self
+
+import httpx
+
+from infra import topology
+from infra.config import Settings
+from infra.local.llama import LlamaSettings
+from infra.local.process import ProcessSpec
+from infra.local.stack import LocalStack
+from processors.sink.store import ClickHouseStore
+from streams.admin import ensure_topics
+from streams.kafka import Kafka
+from streams.liveness import STALL_S
+
+# The model is loaded before a stage joins its group: torch's import alone takes up to 9 s on a cold disk.
+_READY_S = 120.0
+
+
+class Installation:
+    """An async context manager: inside it everything that the settings ask for runs."""
+
+    def __init__(self, settings: Settings, config: Path | None = None) -> None:
+        self.settings = settings
+        self._config = config
+        self.stack = LocalStack(
+            settings.data_dir,
+            kafka_port=settings.local.kafka_port,
+            clickhouse_port=settings.local.clickhouse_port,
+            llama=llama_settings(settings) if settings.local_llm else None,
+            without=[
+                name
+                for name, local in (("kafka", settings.local_kafka), ("clickhouse", settings.local_clickhouse))
+                if not local
+            ],
+        )
+        self._exit = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        await self._exit.enter_async_context(self.stack)
+        try:
+            await self.prepare()
+            await self.stack.supervisor.add(*self._specs())
+        except BaseException:
+            await self._exit.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._exit.aclose()
+
+    async def prepare(self) -> None:
+        """Topics and tables as this version has them; safe to repeat."""
+        await ensure_topics(Kafka(self.settings.kafka))
+        store = ClickHouseStore(self.settings.clickhouse)
+        try:
+            await store.migrate()
+        finally:
+            await store.close()
+
+    def _specs(self) -> list[ProcessSpec]:
+        return [
+            self._spec(name, index, topology.processes(self.settings, name))
+            for name in topology.PROCESSES
+            for index in range(topology.processes(self.settings, name))
+        ]
+
+    def _spec(self, stage: str, index: int, count: int) -> ProcessSpec:
+        name = stage if count == 1 else f"{stage}-{index + 1}"
+        status = (self.settings.data_dir / "status" / f"{name}.json").resolve()
+        config = ["--config", str(self._config)] if self._config else []
+        needs = {"kafka": self.settings.local_kafka}
+        return ProcessSpec(
+            name=name,
+            argv=[sys.executable, "-m", "infra.cli", "-v", *config, "run", stage, "--status", str(status)],
+            env={"PYTHONUNBUFFERED": "1"},
+            needs=tuple(need for need, local in needs.items() if local),
+            ready=lambda: _ready(self.settings, stage, status),
+            stalled=None if stage == "ingest" else (lambda: _stalled(status)),
+            cleanup=lambda: status.unlink(missing_ok=True),
+            ready_timeout=_READY_S,
+        )
+
+
+async def _ready(settings: Settings, stage: str, status: Path) -> bool:
+    """A stage is ready once it is a member of its group; ingest once it answers."""
+    if stage == "ingest":
+        try:
+            async with httpx.AsyncClient(timeout=1) as client:
+                return (await client.get(f"{settings.ingest.url}/health")).is_success
+        except httpx.HTTPError:
+            return False
+    report = _report(status)
+    return bool(report and report["generation"] >= 0 and _runs(int(report["pid"])))
+
+
+async def _stalled(status: Path) -> str | None:
+    """Why the supervisor should restart the stage: it says so itself, or has stopped saying anything."""
+    report = _report(status)
+    if report is None:
+        return None
+    silent = time.time() - float(report["written_at"])
+    if silent > STALL_S:
+        return f"its loop has not ticked for {silent:.0f} s"
+    return report["stall"] if isinstance(report["stall"], str) else None
+
+
+def _report(status: Path) -> dict[str, object] | None:
+    try:
+        return json.loads(status.read_text())  # type: ignore[no-any-return]
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def llama_settings(settings: Settings) -> LlamaSettings:
+    """How the embedded llama.cpp server runs, from the `llm:` section."""
+    raise NotImplementedError(settings)

@@ -1,0 +1,1 @@
+"""The demo's small world: rendered footage, the detector and the analyst trained on it, their weights."""

@@ -1,0 +1,337 @@
+"""What the demo analyst learns: windows, instructions, and the verdict that each instruction implies.
+
+Everything is drawn from a seed. A sample is a system message (an instruction that carries a policy), a
+user message (the compact text of one batch) and the JSON answer. The verdict is an openly written sum, so
+that a held-out window has exactly one right answer to measure the model against.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+Moves = Literal["passes", "stays", "approaches"]
+
+VEHICLES = ("bicycle", "bus", "car", "motorcycle", "truck")
+ANIMALS = ("bird", "cat", "dog")
+
+DEFAULT_INSTRUCTION = (
+    "You judge the risk of what a security camera saw. "
+    "Night, loitering and private areas raise the risk; animals and daytime deliveries lower it."
+)
+#: Other wordings of the same policy, so that a user who rewrites the sentence is still understood.
+BASE_INSTRUCTIONS = (
+    DEFAULT_INSTRUCTION,
+    (
+        "Judge the risk of what a camera saw. Night, loitering and private areas raise it; animals and daytime "
+        "deliveries lower it."
+    ),
+    (
+        "You are a security analyst. Say how risky this window of a camera is. Night, loitering and private "
+        "areas are worse, animals and deliveries by day are better."
+    ),
+    (
+        "Rate the risk of this camera window from 0 to 100. People at night, loitering and private areas raise "
+        "the risk; animals and daytime deliveries lower it."
+    ),
+    "Judge the risk of this camera window.",
+    "You watch the cameras of a home. Rate the risk of what was seen.",
+)
+#: Sentences that change the policy when they are added, as (trained, held out for measuring).
+MODIFIERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "deliveries": (
+        (
+            "Deliveries are expected today.",
+            "A delivery is expected today.",
+            "We expect a parcel today.",
+            "A courier will come by today.",
+            "Couriers are welcome during the day.",
+            "Expect delivery drivers at the door today.",
+            "Someone will drop off a package today.",
+            "Parcels and packages arrive today, so visitors at the door are fine.",
+        ),
+        ("A package is expected today.", "Delivery drivers will come by today.", "Expect a courier today."),
+    ),
+    "strict_night": (
+        (
+            "Be stricter at night.",
+            "At night be strict.",
+            "Be much stricter at night.",
+            "Judge the night more strictly.",
+            "Nobody should be here at night.",
+            "Anything at night is very suspicious here.",
+            "After dark be stricter.",
+            "Treat visits after dark as serious.",
+        ),
+        ("Be much stricter after dark.", "Treat anything at night as serious.", "Be strict at night."),
+    ),
+    "animals_matter": (
+        (
+            "Animals matter here: report them.",
+            "Watch for animals.",
+            "Animals are a problem here.",
+            "Report every animal.",
+            "Cats, dogs and birds must be reported.",
+            "Animals damage the garden, so take them seriously.",
+        ),
+        ("Report the animals.", "Take animals seriously here.", "Watch for every animal."),
+    ),
+    "ignore_vehicles": (
+        (
+            "Ignore vehicles.",
+            "Traffic is normal here.",
+            "Vehicles are of no interest.",
+            "Cars and trucks come and go here; ignore them.",
+            "Vehicles are normal here.",
+            "Do not report traffic.",
+        ),
+        ("Ignore traffic.", "Vehicles come and go here.", "Do not report vehicles."),
+    ),
+}
+
+#: Words in a camera's name that say what kind of place it watches.
+AREAS = {
+    "entrance": ("front-door", "front", "door", "doorbell", "porch", "entrance", "entry", "driveway", "lobby"),
+    "private": ("back-yard", "backyard", "back", "garden", "garage", "side-gate", "patio", "pool", "shed"),
+    "public": ("street", "road", "sidewalk", "parking", "corner"),
+}
+#: Parts of names that say nothing about the place.
+_PLAIN = """
+cam camera north south east west upper lower left right main old new red blue green white house barn hall office
+shop warehouse dock roof tower bridge river lake hill oak pine maple alpha bravo delta echo kitchen stairs balcony
+attic studio stable fence orchard well mill harbor station platform counter till aisle storage lab server room
+floor desk window tree field meadow valley canyon silver golden iron stone brick
+""".split()  # noqa: SIM905  (eighty quoted words would fill a screen)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the analyst is told of one batch.
+
+    Attributes:
+        camera: The camera's id as the user wrote it.
+        hour: Local hour, 0..23.
+        minute: Local minute, 0..59.
+        duration_s: Seconds from the first to the last frame.
+        frames: Frames in the batch.
+        seen: Per class: the largest simultaneous count and the best score, 0..1.
+        moves: How the most important class moved.
+    """
+
+    camera: str
+    hour: int
+    minute: int
+    duration_s: int
+    frames: int
+    seen: dict[str, tuple[int, float]]
+    moves: Moves = "stays"
+
+    @property
+    def night(self) -> bool:
+        """Night is 22:00 to 05:59; dusk counts as day."""
+        return self.hour >= 22 or self.hour < 6
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What an instruction adds to the ordinary judgement."""
+
+    deliveries: bool = False
+    strict_night: bool = False
+    animals_matter: bool = False
+    ignore_vehicles: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training pair, with what it was made from."""
+
+    instruction: str
+    prompt: str
+    answer: str
+    window: Window
+    policy: Policy
+
+
+def importance(label: str) -> tuple[int, str]:
+    """Sort key of a class: person, then vehicles, then animals, then anything else; by name within."""
+    rank = 0 if label == "person" else 1 if label in VEHICLES else 2 if label in ANIMALS else 3
+    return rank, label
+
+
+def level(score: int) -> str:
+    """The product's risk level of a score of 0..100."""
+    return "low" if score < 30 else "medium" if score < 60 else "high" if score < 85 else "critical"
+
+
+def area(camera: str) -> str:
+    """The kind of place that a camera's name speaks of: entrance, private, public or unknown."""
+    words = camera.lower().replace("_", "-").split("-")
+    for kind in ("private", "public", "entrance"):
+        if any(set(key.split("-")) <= set(words) for key in AREAS[kind]):
+            return kind
+    return "unknown"
+
+
+def render(window: Window) -> str:
+    """The user message: six lines of plain text, exactly as the analyze stage writes them."""
+    labels = sorted(window.seen, key=importance)
+    seen = ", ".join(f"{window.seen[k][0]} {k} {window.seen[k][1]:.2f}" for k in labels)
+    return "\n".join(
+        (
+            f"camera: {window.camera}",
+            f"time: {window.hour:02d}:{window.minute:02d} {'night' if window.night else 'day'}",
+            f"duration: {window.duration_s} s",
+            f"frames: {window.frames}",
+            f"seen: {seen or 'nothing'}",
+            f"moves: {f'{labels[0]} {window.moves}' if labels else 'nothing'}",
+        )
+    )
+
+
+def _place_step(place: str, private: int, public: int) -> list[tuple[str, int]]:
+    return {"private": [("private area", private)], "public": [("public area", public)]}.get(place, [])
+
+
+def _person_steps(w: Window, policy: Policy, place: str) -> list[tuple[str, int]]:
+    count, confidence = w.seen["person"]
+    loiters = w.moves == "stays" and w.duration_s >= 30
+    steps = [("person", 30)]
+    if count > 1:
+        steps.append(("group", 6 * min(count - 1, 3)))
+    if w.night:
+        steps.append(("strict night", 40) if policy.strict_night else ("night", 25))
+    steps += _place_step(place, 14, -14)
+    if not w.night and place == "entrance" and policy.deliveries:
+        steps.append(("expected delivery", -22))
+    elif not w.night and place == "entrance" and not loiters:
+        steps.append(("daytime delivery", -12))
+    if loiters:
+        steps.append(("loitering", 16))
+    else:
+        steps += {"approaches": [("approaching", 7)], "passes": [("passing", -4)]}.get(w.moves, [])
+    if "dog" in w.seen:
+        steps.append(("walking a dog", -6))
+    if confidence < 0.5:
+        steps.append(("uncertain", -8))
+    return steps
+
+
+def _vehicle_steps(w: Window, policy: Policy, place: str) -> list[tuple[str, int]]:
+    if policy.ignore_vehicles:
+        return [("ignored vehicle", 3)]
+    steps = [("vehicle", 15)]
+    if w.night:
+        steps.append(("strict night", 30) if policy.strict_night else ("night", 18))
+    steps += _place_step(place, 10, -8)
+    if w.moves == "approaches":
+        steps.append(("approaching", 3))
+    return steps
+
+
+def _animal_steps(w: Window, policy: Policy) -> list[tuple[str, int]]:
+    if not policy.animals_matter:
+        return [("animal", 4)]
+    return [("reported animal", 36), *([("night", 5)] if w.night else [])]
+
+
+def steps(window: Window, policy: Policy) -> list[tuple[str, int]]:
+    """What adds up to the score: named parts in order, the first being the base."""
+    place = area(window.camera)
+    if "person" in window.seen:
+        return _person_steps(window, policy, place)
+    if any(k in VEHICLES for k in window.seen):
+        return _vehicle_steps(window, policy, place)
+    if window.seen:
+        return _animal_steps(window, policy)
+    return [("nothing", 0)]
+
+
+def _counted(label: str, count: int) -> str:
+    plural = {"person": "people", "bus": "buses"}.get(label, f"{label}s")
+    return f"{count} {label if count == 1 else plural}"
+
+
+def verdict(window: Window, policy: Policy) -> dict[str, object]:
+    """The one right answer: the keys and their order are those of the product's verdict schema.
+
+    The reasoning writes the running sum, so that the score at the end is a copy, not mental arithmetic.
+    """
+    parts = steps(window, policy)
+    score = parts[0][1]
+    told = [f"{parts[0][0]} {score}"]
+    for name, points in parts[1:]:
+        score = max(0, min(100, score + points))
+        told.append(f"{name} {points:+d} = {score}")
+    entities = [_counted(k, window.seen[k][0]) for k in sorted(window.seen, key=importance)]
+    listed = ", ".join(entities[:-1]) + " and " + entities[-1] if len(entities) > 1 else "".join(entities)
+    when = "night" if window.night else "day"
+    risk = level(score)
+    action = {"low": "none", "medium": "review", "high": "notify", "critical": "call"}[risk]
+    return {
+        "reasoning": ", ".join(told),
+        "risk_factors": [name for name, points in parts[1:] if points > 0],
+        "entities": entities,
+        "summary": f"{listed or 'nothing'} at {window.camera} by {when} for {window.duration_s} s",
+        "recommended_action": action,
+        "risk_score": score,
+    }
+
+
+def camera_name(rng: random.Random) -> str:
+    """A camera id such as people invent: known places, plain words, numbers, and pure noise."""
+    kind = rng.random()
+    if kind < 0.6:
+        core = rng.choice(AREAS[rng.choice(("entrance", "entrance", "private", "private", "public"))])
+    elif kind < 0.9:
+        core = rng.choice(_PLAIN)
+    else:
+        core = "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 4)))
+    parts = [core]
+    if rng.random() < 0.2:
+        parts.insert(0, rng.choice(_PLAIN))
+    if rng.random() < 0.2:
+        parts.append(rng.choice(_PLAIN) if rng.random() < 0.4 else str(rng.randint(1, 20)))
+    name = "-".join(parts)
+    return name.replace("-", "_") if rng.random() < 0.25 else name
+
+
+def window(rng: random.Random) -> Window:
+    """A window as the pipeline could see it, with every class, hour, place and movement well covered."""
+    seen: dict[str, tuple[int, float]] = {}
+    # The main subject decides the score; the rest is company.
+    main = rng.choices(("person", "vehicle", "animal", "nothing"), (60, 20, 18, 2))[0]
+    labels = {
+        "person": ["person"],
+        "vehicle": [rng.choice(VEHICLES)],
+        "animal": [rng.choice(ANIMALS)],
+        "nothing": [],
+    }[main]
+    if main != "nothing":
+        company = {"person": (*VEHICLES, *ANIMALS, "dog"), "vehicle": VEHICLES + ANIMALS, "animal": ANIMALS}[main]
+        labels += [rng.choice(company) for _ in range(rng.choices((0, 1, 2, 3), (60, 26, 10, 4))[0])]
+    for label in labels:
+        count = rng.choices((1, 2, 3, 4, 5, 8), (66, 18, 8, 4, 2, 2))[0]
+        seen[label] = (count, round(rng.choice((rng.uniform(0.3, 1.0), rng.uniform(0.6, 0.97))), 2))
+    hour = rng.choice((22, 23, 0, 1, 2, 3, 4, 5)) if rng.random() < 0.45 else rng.randint(6, 21)
+    duration = rng.choice((rng.randint(0, 12), rng.randint(0, 90), rng.randint(20, 90), rng.randint(25, 36)))
+    moves: Moves = rng.choice(("passes", "stays", "stays", "approaches"))
+    frames = min(50, max(1, round(duration * rng.uniform(0.2, 2)) + 1))
+    return Window(camera_name(rng), hour, rng.randint(0, 59), duration, frames, seen, moves)
+
+
+def instruct(rng: random.Random, *, held_out: bool = False) -> tuple[str, Policy]:
+    """An instruction and the policy that it states; `held_out` uses wordings that training never sees."""
+    base = rng.choice((DEFAULT_INSTRUCTION, rng.choice(BASE_INSTRUCTIONS)))
+    count = rng.choices((0, 1, 2), (40, 50, 10))[0]
+    chosen = rng.sample(list(MODIFIERS), count)
+    sentences = [rng.choice(MODIFIERS[key][1 if held_out else 0]) for key in chosen]
+    return " ".join((base, *sentences)), Policy(**dict.fromkeys(chosen, True))
+
+
+def sample(seed: int, *, held_out: bool = False) -> Sample:
+    """The training pair of a seed. Training uses seeds below 10**9, measuring uses those from there on."""
+    rng = random.Random(seed)
+    instruction, policy = instruct(rng, held_out=held_out)
+    seen = window(rng)
+    return Sample(instruction, render(seen), json.dumps(verdict(seen, policy)), seen, policy)

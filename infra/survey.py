@@ -1,0 +1,209 @@
+"""What is on the log, and how far each stage has come: counted by reading, because offsets have holes.
+
+Transactions leave markers, so an end minus a position says nothing. A topic too long to be read is estimated,
+and says so.
+"""
+
+import asyncio
+from array import array
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from aiokafka import TopicPartition
+
+from schemas.records import TopicMeta
+from streams.admin import read_meta
+from streams.kafka import Kafka
+from streams.messages import KIND, TICK
+from streams.topics import STORED
+
+READS: dict[str, tuple[str, ...]] = {
+    "detect": ("frames",),
+    "batch": ("detections",),
+    "enrich": ("batches",),
+    "analyze": ("contexts",),
+    "sink": STORED,
+}
+"""What each stage reads, without building it: that would load its model."""
+
+# Reading 50,000 records takes a second or two (25-50 k/s with headers, one core); an answer should not take longer.
+COUNT_OFFSETS = 50_000
+# Frames can be 64 KB each: 256 MB is two seconds over loopback.
+COUNT_BYTES = 256 * 1024 * 1024
+
+
+class Count(NamedTuple):
+    """How many records, and whether each was seen; an estimate counts markers and ticks too, so it is too high."""
+
+    records: int
+    exact: bool
+
+
+class Position(NamedTuple):
+    """How far one stage has come in one partition."""
+
+    partition: TopicPartition
+    committed: int | None
+    """The next offset to be done; None where the stage never committed in this life of the topic."""
+    start: int
+    """The log's first offset."""
+    end: int
+    """The end that a read_committed reader sees."""
+    behind: Count
+    """Visible records from the position to the end, ticks too: the stage has to pass them on."""
+
+
+class Survey(NamedTuple):
+    """One look at the log."""
+
+    metas: dict[str, TopicMeta]
+    records: dict[str, Count]
+    """By topic, ticks left out."""
+    positions: dict[str, list[Position]]
+    """By stage, in the order of the road."""
+
+
+class _Seen(NamedTuple):
+    offsets: "array[int]"
+    ticks: "array[int]"
+    since: int
+    """Offsets from here on were read ..."""
+    upto: int
+    """... to here, exclusive."""
+
+    def behind(self, position: int, end: int) -> Count:
+        """Visible records from the position to the end."""
+        if position >= end:
+            return Count(0, exact=True)
+        if position < self.since or self.upto < end:
+            return Count(end - position, exact=False)
+        return Count(len(self.offsets) - bisect_left(self.offsets, position), exact=True)
+
+
+async def survey(kafka: Kafka, *, count: bool = True) -> Survey:
+    """Look at every topic that ClickHouse keeps, and at every stage.
+
+    With `count` false only what lies beyond the positions is read, and `records` is empty.
+
+    Raises:
+        KafkaError, TimeoutError or OSError: the broker is away.
+    """
+    metas = await read_meta(kafka)
+    tps = [TopicPartition(t, p) for t in STORED if t in metas for p in range(metas[t].partitions)]
+    if not tps:
+        return Survey(metas, {}, {stage: [] for stage in READS})
+    committed = await _committed(kafka, metas)
+    async with kafka.reading() as consumer:
+        starts = await consumer.beginning_offsets(tps)
+        ends = await consumer.end_offsets(tps)
+    at = {
+        (stage, tp): max(starts[tp], committed[stage].get(tp, starts[tp]))
+        for stage, topics in READS.items()
+        for tp in tps
+        if tp.topic in topics
+    }
+    since = _since(tps, starts, ends, at, count=count)
+    seen = await _read(kafka, since, ends)
+    return Survey(
+        metas,
+        {topic: _count(topic, tps, starts, ends, seen) for topic in STORED if topic in metas} if count else {},
+        {
+            stage: [
+                Position(
+                    tp,
+                    committed[stage].get(tp),
+                    starts[tp],
+                    ends[tp],
+                    seen[tp].behind(at[stage, tp], ends[tp]),
+                )
+                for tp in tps
+                if tp.topic in topics
+            ]
+            for stage, topics in READS.items()
+        },
+    )
+
+
+async def _committed(kafka: Kafka, metas: Mapping[str, TopicMeta]) -> dict[str, dict[TopicPartition, int]]:
+    """Each stage's positions; those of an earlier life of a topic are worth nothing."""
+    async with kafka.admin() as admin:
+        found = await asyncio.gather(*(admin.list_consumer_group_offsets(kafka.group(stage)) for stage in READS))
+    return {
+        stage: {
+            tp: entry.offset
+            for tp, entry in offsets.items()
+            if entry.offset >= 0 and tp.topic in metas and entry.metadata == metas[tp.topic].epoch
+        }
+        for stage, offsets in zip(READS, found, strict=True)
+    }
+
+
+def _since(
+    tps: Sequence[TopicPartition],
+    starts: Mapping[TopicPartition, int],
+    ends: Mapping[TopicPartition, int],
+    at: Mapping[tuple[str, TopicPartition], int],
+    *,
+    count: bool,
+) -> dict[TopicPartition, int]:
+    """Where to begin to read: the log's start, or where the last stage stands, within the bound."""
+    spans: dict[str, int] = {}
+    for tp in tps:
+        spans[tp.topic] = spans.get(tp.topic, 0) + ends[tp] - starts[tp]
+    last = {tp: min(at[stage, tp] for stage in READS if (stage, tp) in at) for tp in tps}
+    behind: dict[str, int] = {}
+    for tp in tps:
+        behind[tp.topic] = behind.get(tp.topic, 0) + max(0, ends[tp] - last[tp])
+    since: dict[TopicPartition, int] = {}
+    for tp in tps:
+        if count and spans[tp.topic] <= COUNT_OFFSETS:
+            since[tp] = starts[tp]
+        elif behind[tp.topic] <= COUNT_OFFSETS:
+            since[tp] = last[tp]
+        else:
+            since[tp] = ends[tp]
+    return since
+
+
+async def _read(
+    kafka: Kafka, since: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int]
+) -> dict[TopicPartition, _Seen]:
+    """The offsets of the visible records of each partition, and which of them are ticks. Values are let go at once."""
+    offsets = {tp: array("q") for tp in since}
+    ticks = {tp: array("q") for tp in since}
+    reached = dict(since)
+    size: dict[str, int] = {}
+    todo = {tp for tp in since if since[tp] < ends[tp]}
+    if todo:
+        async with kafka.reading() as consumer, asyncio.timeout(60):
+            consumer.assign(list(todo))
+            for tp in todo:  # no await between assign and seek: aiokafka's own reset would win
+                consumer.seek(tp, since[tp])
+            while todo:
+                for tp, batch in (await consumer.getmany(*todo, timeout_ms=100)).items():
+                    for record in batch:
+                        if record.offset >= ends[tp]:
+                            break
+                        size[tp.topic] = size.get(tp.topic, 0) + max(0, record.serialized_value_size)
+                        offsets[tp].append(record.offset)
+                        if (KIND, TICK) in record.headers:
+                            ticks[tp].append(record.offset)
+                for tp in list(todo):
+                    reached[tp] = await consumer.position(tp)
+                    if reached[tp] >= ends[tp] or size.get(tp.topic, 0) > COUNT_BYTES:
+                        todo.discard(tp)
+    return {tp: _Seen(offsets[tp], ticks[tp], since[tp], reached[tp]) for tp in since}
+
+
+def _count(
+    topic: str,
+    tps: Sequence[TopicPartition],
+    starts: Mapping[TopicPartition, int],
+    ends: Mapping[TopicPartition, int],
+    seen: Mapping[TopicPartition, _Seen],
+) -> Count:
+    parts = [tp for tp in tps if tp.topic == topic]
+    if all(seen[tp].since == starts[tp] and seen[tp].upto >= ends[tp] for tp in parts):
+        return Count(sum(len(seen[tp].offsets) - len(seen[tp].ticks) for tp in parts), exact=True)
+    return Count(sum(ends[tp] - starts[tp] for tp in parts), exact=False)

@@ -1,0 +1,85 @@
+"""Which stages there are, what each is made of, and how one is run in a process of its own (`rewatch run STAGE`)."""
+
+import asyncio
+import os
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from infra.config import Settings
+from processors.analyze.stage import build as build_analyze
+from processors.batch.stage import build as build_batch
+from processors.detect.detector import Detector
+from processors.detect.http_detector import HttpDetector
+from processors.detect.stage import DetectStage
+from processors.detect.torch_detector import TorchDetector
+from processors.enrich.stage import build as build_enrich
+from processors.ingest.service import run as run_ingest
+from processors.sink.stage import build as build_sink
+from streams.admin import ensure_topics, epochs_of
+from streams.claims import ClaimStore
+from streams.control import Cameras
+from streams.host_faust import FaustHost
+from streams.host_raw import RawHost
+from streams.kafka import Kafka
+from streams.stages import Stage
+
+STAGES = ("detect", "batch", "enrich", "analyze", "sink")
+"""The stages with an input partition, in the order of the road."""
+
+PROCESSES = ("ingest", *STAGES)
+"""Everything that `rewatch run` runs."""
+
+DEMO_MODELS = Path(__file__).parent / "models" / "weights"
+
+
+def status_path(settings: Settings, stage: str) -> Path:
+    """Where this process says how it is; `rewatch status` and the supervisor read it."""
+    return settings.data_dir / "status" / f"{stage}-{os.getpid()}.json"
+
+
+def cameras(settings: Settings, kafka: Kafka) -> Cameras:
+    """The look-up of what is set for each camera."""
+    return Cameras(kafka, settings.windows.record(), settings.time_zone)
+
+
+async def run(settings: Settings, name: str, stop: asyncio.Event) -> None:
+    """Run one stage, or ingest, until `stop` is set.
+
+    Raises:
+        TopicsError: the topics on the broker are not what the settings say.
+        ModelError: a model cannot be loaded.
+    """
+    kafka = Kafka(settings.kafka)
+    metas = await ensure_topics(kafka)
+    async with AsyncExitStack() as stack:
+        known = cameras(settings, kafka)
+        await stack.enter_async_context(known.table.following())
+        if name == "ingest":
+            await run_ingest(settings.ingest, kafka, known, ClaimStore(settings.images_root), stop)
+            return
+        stage = build(settings, name, known)
+        host = {"raw": RawHost, "faust": FaustHost}[getattr(settings.stages, name).host]
+        await host(kafka, stage, epochs=epochs_of(metas), status=status_path(settings, name)).run(stop)
+
+
+def build(settings: Settings, name: str, known: Cameras) -> Stage:
+    """The stage of that name, with the parts that the settings choose."""
+    if name == "detect":
+        return DetectStage(detector(settings), ClaimStore(settings.images_root), settings.detector)
+    if name == "batch":
+        return build_batch(settings.windows.record(), known.window)
+    if name == "enrich":
+        return build_enrich(known.get)
+    if name == "analyze":
+        return build_analyze(settings.llm)
+    if name == "sink":
+        return build_sink(settings.clickhouse)
+    raise ValueError(f"no such stage: {name}; there are {', '.join(PROCESSES)}")
+
+
+def detector(settings: Settings) -> Detector:
+    """The detector that the settings choose: a service, or a model in this process."""
+    if settings.detector.url is not None:
+        return HttpDetector(settings.detector)
+    path = settings.detector.model_path
+    return TorchDetector(settings.detector, str(DEMO_MODELS / "detector") if path == "demo" else path)

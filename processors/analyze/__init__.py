@@ -1,0 +1,1 @@
+"""analyze: contexts become risk events, judged by an LLM behind an OpenAI-compatible server."""

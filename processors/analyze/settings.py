@@ -1,0 +1,50 @@
+"""The `llm:` section of rewatch.yaml."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+
+
+def _base_url(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("an address begins with http:// or https://")
+    # Other clients of OpenAI's protocol want the address with /v1; here it may have it.
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+class LlmSettings(BaseModel):
+    """Which LLM judges, where its server is, and how long it may take."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    url: Annotated[str, AfterValidator(_base_url)] = Field(
+        "http://127.0.0.1:8091",
+        description="Address of an OpenAI-compatible server (llama-server, vLLM). Set, none is started here.",
+    )
+    api_key: SecretStr | None = Field(None, description="The server's key, by environment: NEMOTRON_API_KEY.")
+    ca_path: Path | None = Field(None, description="Certificates (PEM) that the server's own may be signed by.")
+    model: str = Field("", description="Name of the model to ask for; empty takes the server's first.")
+    model_path: str = Field(
+        "demo",
+        description="The model's GGUF file: what the embedded server loads, and whose SHA-256 every event names. "
+        "`demo` is the model in the tree.",
+    )
+    server_path: Path | None = Field(None, description="A llama-server binary to run instead of the wheel's.")
+    gpu_layers: int = Field(-1, ge=-1, description="Layers that the embedded server keeps on a GPU; -1: all that fit.")
+    threads: int = Field(0, ge=0, description="CPU threads of the embedded server; 0 leaves it to the server.")
+    context_size: int = Field(
+        4096,
+        ge=256,
+        description="Context in tokens. The embedded server's slots share it; of another server one request has it.",
+    )
+    slots: int = Field(2, ge=1, le=256, description="Requests judged at the same time.")
+    prompt_cache: bool = Field(True, description="Let the server reuse work for a prefix that prompts share.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every request.")
+    max_completion_tokens: int = Field(400, ge=16, description="Longest answer in tokens.")
+    deadline_s: float = Field(
+        300.0,
+        gt=0,
+        description="How long one window may take from the moment it holds a slot, its repair included, seconds.",
+    )
+    connect_timeout_s: float = Field(5.0, gt=0, description="How long to wait for a connection, seconds.")

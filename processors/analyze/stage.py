@@ -1,0 +1,69 @@
+"""analyze as a map stage: a context in, its risk event out."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from processors.analyze.judge import Judge
+from processors.analyze.llm import Llm, OpenAiLlm
+from processors.analyze.settings import LlmSettings
+from schemas import prompts
+from schemas.prompts import PromptVersion
+from schemas.records import Context
+from streams import codec
+from streams.errors import UnprocessableError
+from streams.messages import Emit, Incoming
+from streams.stages import MapStage
+
+
+class AnalyzeStage:
+    """A context in, its risk event out."""
+
+    name = "analyze"
+    inputs: tuple[str, ...] = ("contexts",)
+    outputs: tuple[str, ...] = ("risk_events",)
+
+    def __init__(self, llm: Llm, judge: Judge, prompt_of: Callable[[str], PromptVersion]) -> None:
+        self._llm = llm
+        self._judge = judge
+        self._prompt_of = prompt_of
+        self.concurrency = judge.gate.slots
+
+    async def handle(self, record: Incoming) -> Sequence[Emit]:
+        """The window's event, under the prompt that is active for its camera when it is taken up."""
+        try:
+            context = codec.decode(record, Context)
+        except codec.DecodeError as error:
+            raise UnprocessableError(str(error)) from error
+        event = await self._judge.judge(context, self._prompt_of(context.camera_id), key=record.origin)
+        return [codec.emit("risk_events", event)]
+
+    async def close(self) -> None:
+        """Let go of the server's connections."""
+        await self._llm.close()
+
+
+def build(
+    settings: LlmSettings,
+    *,
+    llm: Llm | None = None,
+    prompt_of: Callable[[str], PromptVersion] = lambda _: prompts.default(),
+    weights: Path | None = None,
+    conditions: Mapping[str, str] | None = None,
+    clock: Callable[[], float] = time.time,
+) -> MapStage:
+    """The stage.
+
+    Args:
+        settings: The `llm:` section.
+        llm: Another LLM than the server that the settings name.
+        prompt_of: The prompt version that is active for a camera.
+        weights: The model's file, whose SHA-256 every event names; without it `llm.model_path`, if that is a file.
+        conditions: What the server does not tell of itself (threads, device), for the events' conditions.
+        clock: Wall time, seconds since the Unix epoch.
+    """
+    if weights is None and settings.model_path != "demo":
+        weights = Path(settings.model_path)
+    server = llm if llm is not None else OpenAiLlm(settings, weights)
+    judge = Judge(server, settings, conditions=conditions, wall=lambda: int(clock() * 1000))
+    return AnalyzeStage(server, judge, prompt_of)

@@ -1,0 +1,1 @@
+"""enrich: batches become contexts; a pass-through until enrichers exist."""

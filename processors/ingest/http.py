@@ -1,0 +1,178 @@
+"""Ingest's own HTTP endpoint: `POST /api/upload?camera=ID` with a JPEG; answered only when it is committed."""
+
+import asyncio
+import hmac
+import math
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from processors.ingest import core
+from processors.ingest.appender import Appenders
+from processors.ingest.settings import UploadSettings
+from streams.errors import UnavailableError
+
+log = structlog.get_logger(__name__)
+
+# What a multipart body has besides the image: boundaries, part headers, a few short fields.
+_MULTIPART_OVERHEAD = 64 * 1024
+
+# When to come back, seconds: a broker restarts in about four, a full queue drains in one.
+_RETRY_AWAY_S = 5
+_RETRY_BUSY_S = 1
+
+
+def build_app(
+    appenders: Appenders,
+    settings: UploadSettings,
+    waiting_on: Callable[[], list[str]] = list,
+) -> Starlette:
+    """The ASGI app.
+
+    Args:
+        appenders: the ways into the log.
+        settings: `ingest.upload`.
+        waiting_on: what ingest as a whole waits on, for `/health`.
+    """
+    upload = _Upload(appenders, settings)
+
+    async def health(_request: Request) -> Response:
+        waits = waiting_on()
+        return JSONResponse({"status": "waiting" if waits else "ok", "waiting_on": waits})
+
+    return Starlette(
+        routes=[
+            Route("/api/upload", upload.post, methods=["POST"]),
+            Route("/health", health, methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _refusal, Exception: _fault},
+    )
+
+
+class _Upload:
+    def __init__(self, appenders: Appenders, settings: UploadSettings) -> None:
+        self._appenders = appenders
+        self._settings = settings
+        self._key = settings.api_key.get_secret_value().encode() if settings.api_key is not None else None
+        self._in_hand = 0
+
+    async def post(self, request: Request) -> Response:
+        """Take one image; see the module."""
+        self._check_key(request)
+        if self._in_hand >= self._settings.max_waiting:
+            raise _refuse(429, "too many uploads at once (ingest.upload.max_waiting)", _RETRY_BUSY_S)
+        self._in_hand += 1
+        try:
+            return await self._take(request)
+        except core.UnknownCameraError as error:
+            raise _refuse(404, str(error)) from error
+        except core.RejectedError as error:
+            raise _refuse(400, str(error)) from error
+        except UnavailableError as error:
+            raise _refuse(503, str(error), _RETRY_AWAY_S) from error
+        except ClientDisconnect as error:
+            raise _refuse(400, "the connection ended before the image did") from error
+        finally:
+            self._in_hand -= 1
+
+    async def _take(self, request: Request) -> Response:
+        # What can be refused by its head alone is refused before the body is read.
+        camera_id = request.query_params.get("camera")
+        if camera_id is not None:
+            await self._appenders.camera(camera_id, create=self._settings.auto_create)
+        fields, data, name = await self._read(request)
+        camera_id = camera_id or fields.get("camera")
+        if not camera_id:
+            raise _refuse(400, "which camera? POST /api/upload?camera=ID")
+        await self._appenders.camera(camera_id, create=self._settings.auto_create)
+        captured_at = request.query_params.get("captured_at") or fields.get("captured_at")
+        zone = self._appenders.zone(camera_id)
+        submission = core.Submission(
+            camera_id=camera_id,
+            data=data,
+            source="upload",
+            name=name,
+            arrived_at=self._appenders.now_ms(),
+            client_at=core.client_time(captured_at, zone) if captured_at else None,
+        )
+        entry = await self._appenders.prepare(submission)
+        (receipt,) = await self._appenders.append(camera_id, [entry])
+        return JSONResponse({"frame_id": receipt.frame_id, "status": receipt.status})
+
+    async def _read(self, request: Request) -> tuple[dict[str, str], bytes, str]:
+        """The body's fields, the image and its name."""
+        multipart = request.headers.get("content-type", "").startswith("multipart/form-data")
+        limit = self._appenders.settings.max_bytes + (_MULTIPART_OVERHEAD if multipart else 0)
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                body = await self._read_body(request, limit)
+        except TimeoutError:
+            raise _refuse(
+                408,
+                f"the image did not arrive within {self._settings.timeout_s:g} s (ingest.upload.timeout_s)",
+            ) from None
+        if not multipart:
+            return {}, body, request.query_params.get("name", "")
+        # Parsed from memory, where its size is already known to be in bounds.
+        async with Request(request.scope, _replay(body)).form(max_files=1, max_fields=8, max_part_size=4096) as form:
+            file = form.get("file")
+            if not isinstance(file, UploadFile):
+                raise _refuse(400, "the multipart form has no file part named `file`")
+            fields = {key: value for key, value in form.items() if isinstance(value, str)}
+            return fields, await file.read(), file.filename or ""
+
+    async def _read_body(self, request: Request, limit: int) -> bytes:
+        said = request.headers.get("content-length", "")
+        too_long = _refuse(413, f"more than {self._appenders.settings.max_bytes:,} bytes (ingest.max_bytes)")
+        if said.isascii() and said.isdigit() and int(said) > limit:
+            raise too_long
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise too_long
+        return bytes(body)
+
+    def _check_key(self, request: Request) -> None:
+        if self._key is None:
+            return
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        given = request.headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else "")
+        if not hmac.compare_digest(given.encode(), self._key):
+            raise HTTPException(
+                401,
+                "an API key is needed: `Authorization: Bearer KEY` or `X-API-Key: KEY` (ingest.upload.api_key)",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+def _refuse(status: int, message: str, retry_after: float | None = None) -> HTTPException:
+    headers = {"Retry-After": str(math.ceil(retry_after))} if retry_after is not None else None
+    return HTTPException(status, message, headers=headers)
+
+
+async def _refusal(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+
+async def _fault(_request: Request, _error: Exception) -> Response:
+    # Starlette raises it again behind this answer, so the server logs it.
+    return JSONResponse({"error": "ingest failed on this image; its log says why"}, 500)
+
+
+def _replay(body: bytes) -> Callable[[], Any]:
+    """An ASGI `receive` that gives a body already read."""
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    return receive

@@ -1,0 +1,183 @@
+"""`rewatch run ingest`: the folder and the upload endpoint side by side, until told to stop."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import structlog
+import uvicorn
+
+from processors.ingest.appender import Appenders
+from processors.ingest.folder import Folder
+from processors.ingest.http import build_app
+from processors.ingest.kafka_log import KafkaLog
+from processors.ingest.ports import Cameras, Log
+from processors.ingest.settings import IngestSettings, SettingsError, UploadSettings
+from streams.claims import ClaimStore
+from streams.kafka import Kafka
+from streams.liveness import Liveness
+
+log = structlog.get_logger(__name__)
+
+# Uploads in hand get this long to be answered after a stop: as long as their transactions have, seconds.
+_DRAIN_S = 5
+
+# How often the status file is written, seconds.
+_REPORT_EVERY_S = 1.0
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without its signal handlers: stopping is the host's, by an event."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Service:
+    """Ingest, whole.
+
+    Args:
+        log_: where frames go.
+        settings: the section `ingest`.
+        cameras: which cameras are known.
+        claims: where images above 64 KB go.
+        clock: wall time, seconds since the Unix epoch.
+        status: a file to write how it is.
+    """
+
+    def __init__(
+        self,
+        log_: Log,
+        settings: IngestSettings,
+        cameras: Cameras,
+        claims: ClaimStore,
+        *,
+        clock: Callable[[], float] = time.time,
+        status: Path | None = None,
+    ) -> None:
+        self._settings = settings
+        self._status = status
+        self.appenders = Appenders(log_, cameras, claims, settings, clock=clock)
+        self.folder = Folder(settings.folder, self.appenders, clock=clock) if settings.folder.enabled else None
+        self.url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Where uploads are taken, once they are; cancelled where they are off."""
+
+    def waiting_on(self) -> list[str]:
+        """What it waits on: broker, disk, folder, settings."""
+        waits = set(self.appenders.waiting_on.values())
+        if self.folder is not None:
+            waits.update(self.folder.waiting_on.values())
+        return sorted(waits)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Take images until told to stop; then finish what is in hand, about 5 s at most.
+
+        Raises:
+            SettingsError: the upload endpoint cannot listen where it is set to.
+        """
+        listener = listen(self._settings.upload) if self._settings.upload.enabled else None
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._close_at(stop), name="ingest stop")
+                group.create_task(self._report(stop), name="ingest status")
+                if listener is not None:
+                    group.create_task(self._serve(listener, stop), name="ingest upload")
+                else:
+                    self.url.cancel()
+                if self.folder is not None:
+                    group.create_task(self.folder.run(stop), name="ingest folder")
+        finally:
+            await self.appenders.close()
+
+    async def _close_at(self, stop: asyncio.Event) -> None:
+        """At a stop transactions in hand are finished and what waits is refused, so folder and endpoint end soon."""
+        await stop.wait()
+        await self.appenders.close()
+
+    async def _report(self, stop: asyncio.Event) -> None:
+        """Write how it is, for `rewatch status`, until the stop."""
+        life = Liveness("ingest")
+        while not stop.is_set():
+            life.polled()
+            waits = self.waiting_on()
+            life.waiting_on = ", ".join(waits) or None
+            if self._status is not None:
+                life.write(self._status)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), _REPORT_EVERY_S)
+
+    async def _serve(self, listener: socket.socket, stop: asyncio.Event) -> None:
+        upload = self._settings.upload
+        config = uvicorn.Config(
+            build_app(self.appenders, upload, self.waiting_on),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=30,  # cameras post every few seconds: keep their connections
+            timeout_graceful_shutdown=_DRAIN_S,
+            ssl_certfile=upload.tls_cert_path,
+            ssl_keyfile=upload.tls_key_path,
+        )
+        server = _Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]), name="ingest http")
+        url = upload.model_copy(update={"port": listener.getsockname()[1]}).url
+        log.info("taking uploads", url=url)
+        self.url.set_result(url)
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+            server.should_exit = True
+            await serving
+            listener.close()
+        if not stop.is_set():
+            raise RuntimeError("the upload endpoint ended by itself")
+
+
+def listen(settings: UploadSettings) -> socket.socket:
+    """The endpoint's socket, bound and listening.
+
+    Raises:
+        SettingsError: the address or port cannot be had; the message names the setting.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=512)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
+            "set ingest.upload.port (REWATCH_INGEST__UPLOAD__PORT) to a free one",
+        ) from error
+
+
+async def run(
+    kafka: Kafka,
+    settings: IngestSettings,
+    cameras: Cameras,
+    claims: ClaimStore,
+    stop: asyncio.Event,
+    *,
+    epoch: str,
+    status: Path | None = None,
+) -> None:
+    """Run ingest on Kafka until told to stop.
+
+    Args:
+        kafka: the connection.
+        settings: the section `ingest`.
+        cameras: which cameras are known.
+        claims: where images above 64 KB go.
+        stop: set it to end.
+        epoch: the epoch of the topic `frames`.
+        status: a file to write how it is, once a second.
+
+    Raises:
+        SettingsError: the upload endpoint cannot listen where it is set to.
+    """
+    await Service(KafkaLog(kafka, epoch), settings, cameras, claims, status=status).run(stop)
