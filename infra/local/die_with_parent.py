@@ -22,7 +22,7 @@ def main() -> None:
     """Mark this process, then become the command."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the mark was set: nobody will ever signal us
             sys.exit("the process that started this one is gone")
     os.execvp(command[0], command)  # noqa: S606 - the command comes from a ProcessSpec
