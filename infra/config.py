@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -109,6 +109,7 @@ class Settings(BaseSettings):
         validate_default=True,
     )
     file: ClassVar[Path | None] = None
+    _local: set[str] = PrivateAttr(default_factory=set)
 
     data_dir: Path = Field(Path(".rewatch"), description="Where everything local is kept.")
     time_zone: str = Field("UTC", description="IANA time zone of cameras that have none of their own.")
@@ -144,24 +145,33 @@ class Settings(BaseSettings):
         """The image store's root."""
         return self.images or str(self.data_dir / "images")
 
-    def is_set(self, section: str, name: str) -> bool:
-        """Whether a person set this, as against its default: an address that was set is not started here."""
-        return name in getattr(self, section).model_fields_set
+    def model_post_init(self, _: Any, /) -> None:
+        """Services whose address nobody set are this machine's own, at the ports of `local:`."""
+        local = self.local
+        for section, name, address in (
+            ("kafka", "bootstrap_servers", f"127.0.0.1:{local.kafka_port}"),
+            ("clickhouse", "url", f"http://127.0.0.1:{local.clickhouse_port}"),
+            ("llm", "url", f"http://127.0.0.1:{local.llama_port}"),
+        ):
+            model: BaseModel = getattr(self, section)
+            if name not in model.model_fields_set:
+                self._local.add(section)
+                setattr(self, section, model.model_copy(update={name: address}))
 
     @property
     def local_kafka(self) -> bool:
         """Whether the embedded broker is used."""
-        return not self.is_set("kafka", "bootstrap_servers")
+        return "kafka" in self._local
 
     @property
     def local_clickhouse(self) -> bool:
         """Whether the embedded ClickHouse engine is used."""
-        return not self.is_set("clickhouse", "url")
+        return "clickhouse" in self._local
 
     @property
     def local_llm(self) -> bool:
         """Whether the embedded llama.cpp server is used."""
-        return not self.is_set("llm", "url")
+        return "llm" in self._local
 
 
 class _Aliases(PydanticBaseSettingsSource):

@@ -93,7 +93,7 @@ def _render(settings: Settings) -> Footage:
 
 async def _play(settings: Settings, footage: Footage) -> None:
     """Drop the files into the inbox as cameras do, in order; then say that no more will come."""
-    inbox = Path(settings.ingest.folder)
+    inbox = settings.ingest.folder.root
     with Progress(transient=True) as progress:
         task = progress.add_task("frames", total=len(footage.frames))
         waiting: list[Path] = []

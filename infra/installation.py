@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
@@ -97,7 +97,7 @@ async def _ready(settings: Settings, stage: str, status: Path) -> bool:
     if stage == "ingest":
         try:
             async with httpx.AsyncClient(timeout=1) as client:
-                return (await client.get(f"{settings.ingest.url}/health")).is_success
+                return (await client.get(f"{settings.ingest.upload.url}/health")).is_success
         except httpx.HTTPError:
             return False
     report = _report(status)
@@ -115,7 +115,7 @@ async def _stalled(status: Path) -> str | None:
     return report["stall"] if isinstance(report["stall"], str) else None
 
 
-def _report(status: Path) -> dict[str, object] | None:
+def _report(status: Path) -> dict[str, Any] | None:
     try:
         return json.loads(status.read_text())  # type: ignore[no-any-return]
     except (OSError, json.JSONDecodeError):
@@ -132,4 +132,16 @@ def _runs(pid: int) -> bool:
 
 def llama_settings(settings: Settings) -> LlamaSettings:
     """How the embedded llama.cpp server runs, from the `llm:` section."""
-    raise NotImplementedError(settings)
+    llm = settings.llm
+    return LlamaSettings(
+        model=topology.analyst(settings),
+        port=settings.local.llama_port,
+        ctx=llm.context_size,
+        parallel=llm.slots,
+        threads=llm.threads,
+        gpu_layers=llm.gpu_layers,
+        prompt_cache=llm.prompt_cache,
+        seed=llm.seed,
+        api_key=llm.api_key.get_secret_value() if llm.api_key else "",
+        server_path=llm.server_path,
+    )

@@ -11,6 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import (
+    GroupCoordinatorNotAvailableError,
+    GroupLoadInProgressError,
+    NotCoordinatorForGroupError,
+)
+from aiokafka.structs import OffsetAndMetadata
 
 from schemas.records import TopicMeta
 from streams.admin import read_meta
@@ -128,7 +135,7 @@ async def survey(kafka: Kafka, *, count: bool = True) -> Survey:
 async def _committed(kafka: Kafka, metas: Mapping[str, TopicMeta]) -> dict[str, dict[TopicPartition, int]]:
     """Each stage's positions; those of an earlier life of a topic are worth nothing."""
     async with kafka.admin() as admin:
-        found = await asyncio.gather(*(admin.list_consumer_group_offsets(kafka.group(stage)) for stage in READS))
+        found = await asyncio.gather(*(_group(admin, kafka.group(stage)) for stage in READS))
     return {
         stage: {
             tp: entry.offset
@@ -137,6 +144,18 @@ async def _committed(kafka: Kafka, metas: Mapping[str, TopicMeta]) -> dict[str, 
         }
         for stage, offsets in zip(READS, found, strict=True)
     }
+
+
+async def _group(admin: AIOKafkaAdminClient, group: str) -> dict[TopicPartition, OffsetAndMetadata]:
+    """The group's committed offsets. The first question about any group makes a new broker's topic for them."""
+    deadline = asyncio.get_running_loop().time() + 10
+    while True:
+        try:
+            return dict(await admin.list_consumer_group_offsets(group))
+        except (GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError, GroupLoadInProgressError):
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+        await asyncio.sleep(0.25)
 
 
 def _since(

@@ -42,8 +42,13 @@ def cameras(settings: Settings, kafka: Kafka) -> Cameras:
     return Cameras(kafka, settings.windows.record(), settings.time_zone)
 
 
-async def run(settings: Settings, name: str, stop: asyncio.Event) -> None:
-    """Run one stage, or ingest, until `stop` is set.
+def processes(settings: Settings, name: str) -> int:
+    """How many processes of it `rewatch up` starts."""
+    return 1 if name == "ingest" else int(getattr(settings.stages, name).processes)
+
+
+async def run(settings: Settings, name: str, stop: asyncio.Event, status: Path) -> None:
+    """Run one stage, or ingest, until `stop` is set; say how it is in the `status` file.
 
     Raises:
         TopicsError: the topics on the broker are not what the settings say.
@@ -55,11 +60,13 @@ async def run(settings: Settings, name: str, stop: asyncio.Event) -> None:
         known = cameras(settings, kafka)
         await stack.enter_async_context(known.table.following())
         if name == "ingest":
-            await run_ingest(settings.ingest, kafka, known, ClaimStore(settings.images_root), stop)
+            claims = ClaimStore(settings.images_root)
+            epoch = metas["frames"].epoch
+            await run_ingest(kafka, settings.ingest, known, claims, stop, epoch=epoch, status=status)
             return
         stage = build(settings, name, known)
-        host = {"raw": RawHost, "faust": FaustHost}[getattr(settings.stages, name).host]
-        await host(kafka, stage, epochs=epochs_of(metas), status=status_path(settings, name)).run(stop)
+        host: type[RawHost | FaustHost] = RawHost if getattr(settings.stages, name).host == "raw" else FaustHost
+        await host(kafka, stage, epochs=epochs_of(metas), status=status).run(stop)
 
 
 def build(settings: Settings, name: str, known: Cameras) -> Stage:
@@ -71,7 +78,7 @@ def build(settings: Settings, name: str, known: Cameras) -> Stage:
     if name == "enrich":
         return build_enrich(known.get)
     if name == "analyze":
-        return build_analyze(settings.llm)
+        return build_analyze(settings.llm, weights=analyst(settings), conditions=conditions(settings))
     if name == "sink":
         return build_sink(settings.clickhouse)
     raise ValueError(f"no such stage: {name}; there are {', '.join(PROCESSES)}")
@@ -83,3 +90,16 @@ def detector(settings: Settings) -> Detector:
         return HttpDetector(settings.detector)
     path = settings.detector.model_path
     return TorchDetector(settings.detector, str(DEMO_MODELS / "detector") if path == "demo" else path)
+
+
+def analyst(settings: Settings) -> Path:
+    """The LLM's weights, as the settings name them."""
+    path = settings.llm.model_path
+    return DEMO_MODELS / "analyst.gguf" if path == "demo" else Path(path)
+
+
+def conditions(settings: Settings) -> dict[str, str]:
+    """What the embedded server's answers do not tell: events carry it among the conditions of their making."""
+    if not settings.local_llm:
+        return {}
+    return {"threads": str(settings.llm.threads or "auto"), "gpu_layers": str(settings.llm.gpu_layers)}

@@ -4,6 +4,8 @@ Positions are worth nothing across a recreation, so every position names the epo
 that the broker lacks although `meta` calls it ready is a new life: it is made again, with a new epoch.
 """
 
+import asyncio
+import random
 import secrets
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 from schemas.records import TopicMeta
 from streams import codec
 from streams.delivery import FencedProducer
+from streams.errors import FencedError, UncertainError
 from streams.kafka import MAX_RECORD_BYTES, Kafka
 from streams.topics import TOPICS, Topic
 
@@ -33,6 +36,15 @@ async def ensure_topics(kafka: Kafka) -> dict[str, TopicMeta]:
         TopicsError: a topic has another partition count than `kafka.partitions`.
         KafkaError: the broker is away.
     """
+    while True:
+        try:
+            return await _ensure_topics(kafka)
+        except (FencedError, UncertainError) as error:  # another creator came after us: its work is read next
+            log.info("creating topics again", why=str(error))
+            await asyncio.sleep(random.uniform(0.2, 1.0))
+
+
+async def _ensure_topics(kafka: Kafka) -> dict[str, TopicMeta]:
     async with kafka.admin() as admin:
         await _create(admin, kafka, TOPICS["meta"])
         # The fence makes creators take turns; what the one before us wrote is read after it.
@@ -44,12 +56,12 @@ async def ensure_topics(kafka: Kafka) -> dict[str, TopicMeta]:
             for topic in TOPICS.values():
                 count = _count(kafka, topic)
                 meta = metas.get(topic.name)
+                if existing.get(topic.name, count) != count:
+                    raise TopicsError(
+                        f"topic {topic.name} has {existing[topic.name]} partitions, kafka.partitions says {count}: "
+                        "the count is fixed at creation, because it decides where a camera lives; set it back",
+                    )
                 if topic.name in existing and meta is not None and meta.status == "ready":
-                    if existing[topic.name] != count:
-                        raise TopicsError(
-                            f"topic {topic.name} has {existing[topic.name]} partitions, kafka.partitions says {count}: "
-                            "the count is fixed at creation, because it decides where a camera lives; set it back",
-                        )
                     continue
                 if meta is None or meta.status == "ready":
                     meta = TopicMeta(

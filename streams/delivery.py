@@ -94,7 +94,7 @@ class FencedProducer:
                     )
                     for emit in emits
                 ]
-                results = [await future for future in sent]
+                results = await asyncio.gather(*sent)
                 if offsets is not None:
                     group, positions = offsets
                     await self._producer.send_offsets_to_transaction(positions, group)

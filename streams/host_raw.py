@@ -14,7 +14,7 @@ from aiokafka.errors import KafkaError
 
 from streams.kafka import Kafka, incoming
 from streams.stages import Stage
-from streams.workers import Workers, group_consumer, still_member
+from streams.workers import Workers, group_consumer, still_member, until_broker_answers
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +33,8 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
         reporting = asyncio.create_task(self.workers.report())
         self._consumer.subscribe(list(self._stage.inputs), listener=self)
         try:
-            await self._start(stop)
+            if await until_broker_answers(self._kafka, self.workers.liveness, stop):
+                await self._consumer.start()
             while not stop.is_set():
                 await self._poll()
         finally:
@@ -52,19 +53,6 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
         """Nothing to prepare: it is no barrier before records flow, so workers begin at their first record."""
         self.workers.liveness.generation = self._consumer._coordinator.generation  # noqa: SLF001
         log.info("assigned", stage=self._stage.name, partitions=len(assigned))
-
-    async def _start(self, stop: asyncio.Event) -> None:
-        while not stop.is_set():
-            try:
-                await self._consumer.start()
-            except (KafkaError, OSError) as error:
-                self.workers.liveness.waiting_on = "broker"
-                log.warning("broker away", stage=self._stage.name, error=str(error))
-                await asyncio.sleep(1)
-            else:
-                self.workers.liveness.polled()
-                self.workers.liveness.waiting_on = None
-                return
 
     async def _poll(self) -> None:
         try:

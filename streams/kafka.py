@@ -101,8 +101,8 @@ class Kafka:
     async def reading(self, **options: Any) -> AsyncIterator[AIOKafkaConsumer]:
         """A started consumer outside any group, stopped at the end."""
         consumer = self.consumer(**options)
-        await consumer.start()
         try:
+            await consumer.start()
             yield consumer
         finally:
             await consumer.stop()
@@ -111,8 +111,8 @@ class Kafka:
     async def admin(self) -> AsyncIterator[AIOKafkaAdminClient]:
         """A started admin client, closed at the end."""
         admin = AIOKafkaAdminClient(**self.connection())
-        await admin.start()
         try:
+            await admin.start()
             yield admin
         finally:
             await admin.close()

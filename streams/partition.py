@@ -306,13 +306,13 @@ async def _fold(worker: PartitionWorker, stage: FoldStage) -> None:
 
 def _feed(worker: PartitionWorker, fold: Fold, record: Incoming) -> list[Emit]:
     """What closed by the record, or its dead letter. After an unexpected exception the fold is of no use."""
-    failures = worker.failures.get(record.offset, 0)
+    failures = worker.failures.pop(record.offset, 0)
+    if failures >= _ATTEMPTS:
+        error = UnprocessableError(f"failed {failures} times, see the log")
+        return [worker.ownership.dead_letter(record, error, failures)]
     try:
-        if failures >= _ATTEMPTS:
-            raise UnprocessableError(f"failed {failures} times, see the log")
         return [worker.ownership.derived(emit, record) for emit in fold.feed(record)]
     except UnprocessableError as error:
-        worker.failures.pop(record.offset, None)
         return [worker.ownership.dead_letter(record, error, failures + 1)]
     except Exception:
         worker.failures[record.offset] = failures + 1

@@ -91,7 +91,10 @@ class Workers:
             return
         try:
             while True:
-                self.liveness.write(self._status)
+                try:
+                    self.liveness.write(self._status)
+                except OSError as error:  # a full disk ends no work; who reads an old file sees its age
+                    log.warning("status not written", path=str(self._status), error=str(error))
                 await asyncio.sleep(_REPORT_EVERY_S)
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -165,7 +165,7 @@ def changed(camera: Camera, change: Change, settings: Settings, now_ms: int) -> 
     except ValidationError as error:
         raise ChangeError(
             "; ".join(
-                ".".join(map(str, problem["loc"])) + (": " if problem["loc"] else "") + problem["msg"]
+                ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))))
                 for problem in error.errors()
             )
         ) from None
@@ -296,7 +296,5 @@ def _partition(camera: Camera, settings: Settings) -> int:
 
 
 def _plain(camera: Camera, settings: Settings) -> dict[str, Any]:
-    return msgspec.to_builtins(camera) | {
-        "partition": _partition(camera, settings),
-        "pinned": camera.partition is not None,
-    }
+    plain: dict[str, Any] = msgspec.to_builtins(camera)
+    return plain | {"partition": _partition(camera, settings), "pinned": camera.partition is not None}

@@ -9,7 +9,8 @@ from typing import Annotated
 import structlog
 import typer
 
-from infra.cli import run
+from infra.cli import cameras, dlq, doctor, events, migrate, run, show, sql
+from infra.cli import config as config_commands
 from infra.config import ConfigError, load
 
 app = typer.Typer(
@@ -17,7 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="rewatch watches cameras with local AI, and remembers everything as events that can be replayed.",
 )
-run.register(app)
+for commands in (run, show, events, sql, cameras, dlq, doctor, migrate, config_commands):
+    commands.register(app)
 
 
 @app.callback()

@@ -39,8 +39,8 @@ def up(ctx: typer.Context) -> None:
         with console.status("starting servers and stages ..."):
             installation = await Installation(settings, ctx.meta["config"]).__aenter__()
         try:
-            console.print(f"rewatch is up: drop JPEGs into {settings.ingest.folder}/<camera>/,")
-            console.print(f"or POST them to {settings.ingest.url}/api/upload?camera=<camera>")
+            console.print(f"rewatch is up: drop JPEGs into {settings.ingest.folder.root}/<camera>/,")
+            console.print(f"or POST them to {settings.ingest.upload.url}/api/upload?camera=<camera>")
             console.print("ask with `rewatch events ls`, `rewatch status`, `rewatch sql`; stop with Ctrl-C")
             failed = asyncio.create_task(installation.stack.supervisor.wait())
             stopped = asyncio.create_task(stop.wait())

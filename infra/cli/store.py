@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 from clickhouse_connect.driver.exceptions import DatabaseError
 
 from infra.config import Settings
-from processors.sink.queries import Queries, QueryError
+from processors.sink.queries import Queries
 from processors.sink.store import Connection
 from schemas.migrations import migrations, pending
 
@@ -21,6 +21,10 @@ _LETTER = """
     s.status AS status
 """
 _STATUS = "SELECT origin, argMax(status, (at, offset)) AS status FROM dead_letter_status FINAL GROUP BY origin"
+
+
+class QueryError(ValueError):
+    """The engine does not take this query; the message is its own."""
 
 
 class Lineage(NamedTuple):

@@ -114,6 +114,15 @@ def corners(boxes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.concatenate((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2), 1)
 
 
+def _shares(data: Renders) -> Any:
+    """How often to draw each scene: by how rare its things are, so that no class waits for its turn."""
+    counts = np.bincount(np.concatenate(data.labels), minlength=len(CLASSES))
+    rarity = counts.mean() / counts
+    # An empty scene counts like the commonest class: it teaches what is nothing.
+    shares = np.array([rarity[labels].mean() if len(labels) else rarity.min() for labels in data.labels])
+    return shares / shares.sum()
+
+
 @torch.no_grad()
 def evaluate(model: Any, data: Renders) -> Scores:
     """Measures a model on rendered scenes that it was not trained on."""
@@ -147,6 +156,7 @@ def train(out: Path, minutes: float, images: int, seed: int = 0) -> None:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     data, held_out = load(out / "renders", 0, images), load(out / "renders", HELD_OUT_SEED, 400)
+    shares = _shares(data)
     model = new_model().to(memory_format=torch.channels_last)
     mean = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=1e-4)
@@ -168,7 +178,7 @@ def train(out: Path, minutes: float, images: int, seed: int = 0) -> None:
         rate = min(1.0, (step + 1) / _WARM_UP_STEPS) * max(0.01, min(1.0, 2 * (1 - spent)))
         for group in optimizer.param_groups:
             group["lr"] = _RATE * rate
-        pixels, targets = _batch(data, rng.integers(0, images, _BATCH), rng)
+        pixels, targets = _batch(data, rng.choice(images, _BATCH, p=shares), rng)
         loss = model(pixel_values=pixels, labels=targets).loss
         optimizer.zero_grad()
         loss.backward()

@@ -18,8 +18,8 @@ class DetectStage:
     """A frame in, its detections out."""
 
     name = "detect"
-    inputs = ("frames",)
-    outputs = ("detections",)
+    inputs: tuple[str, ...] = ("frames",)
+    outputs: tuple[str, ...] = ("detections",)
 
     def __init__(
         self,

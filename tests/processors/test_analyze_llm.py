@@ -183,6 +183,8 @@ async def test_cancelling_hangs_up_so_that_the_servers_slot_is_free():
             async with asyncio.timeout(0.1):
                 await llm.complete(CHAT, SCHEMA, {})
         await rude.hung_up.wait()
+        rude.pages["/v1/models"] = (200, {"data": [{"id": "rude-2"}]})
+        assert (await llm.server()).model == "rude-2", "who let a request hang is asked again who it is"
         await llm.close()
 
 

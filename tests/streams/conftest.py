@@ -5,10 +5,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+from hypothesis import settings
 
 from infra.local.broker import Broker
 from streams.admin import ensure_topics
 from streams.kafka import Kafka, KafkaSettings
+
+# How long an example takes says something of the machine's other work, nothing of the code.
+settings.register_profile("busy", deadline=None)
+settings.load_profile("busy")
 
 PARTITIONS = 4
 

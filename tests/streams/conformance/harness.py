@@ -125,7 +125,7 @@ async def until(condition: Callable[[], Awaitable[bool]], within: float = 30) ->
         TimeoutError: it did not in time.
     """
     async with asyncio.timeout(within):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110 (the condition lies in the log or in another process)
             await asyncio.sleep(0.1)
 
 
@@ -173,8 +173,12 @@ class Worker:
     async def start(self) -> None:
         with (Path(self.settings["control"]) / "workers.log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tests.streams.conformance.worker", json.dumps(self.settings),
-                stdout=log, stderr=log,
+                sys.executable,
+                "-m",
+                "tests.streams.conformance.worker",
+                json.dumps(self.settings),
+                stdout=log,
+                stderr=log,
             )
 
     @property

@@ -124,9 +124,7 @@ async def test_a_member_joins_while_the_model_hangs_and_another_gets_sigterm(
 
 
 async def _committed(workers: list) -> bool:  # type: ignore[type-arg]
-    return all(
-        any(p["position"] > 0 for p in one.status().get("partitions", {}).values()) for one in workers
-    )
+    return all(any(p["position"] > 0 for p in one.status().get("partitions", {}).values()) for one in workers)
 
 
 async def _owns(one, count: int) -> bool:  # type: ignore[no-untyped-def]

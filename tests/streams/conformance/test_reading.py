@@ -38,9 +38,7 @@ async def test_every_record_comes_out_once_in_order_on_its_own_partition(
         assert (tmp_path / "closed").exists()
 
 
-async def test_records_of_an_aborted_transaction_never_reach_the_stage(
-    kafka: Kafka, host: str, tmp_path: Path
-) -> None:
+async def test_records_of_an_aborted_transaction_never_reach_the_stage(kafka: Kafka, host: str, tmp_path: Path) -> None:
     async with road(kafka, tmp_path) as on:
         running, stage = echo(host, on)
         writer = kafka.producer(transactional_id=kafka.transactional_id("writer"))
@@ -88,9 +86,7 @@ async def test_a_topic_made_anew_is_read_from_its_first_offset(kafka: Kafka, hos
         assert [record.offset for record in stage.seen if record.partition == 0] == list(range(11))
 
 
-async def test_forgotten_offsets_are_found_in_the_tail_of_the_output(
-    kafka: Kafka, host: str, tmp_path: Path
-) -> None:
+async def test_forgotten_offsets_are_found_in_the_tail_of_the_output(kafka: Kafka, host: str, tmp_path: Path) -> None:
     async with road(kafka, tmp_path) as on:
         await on.send(3000)
         await on.send(4, value=b"bad")
@@ -163,9 +159,7 @@ async def test_an_unprocessable_record_becomes_a_dead_letter_with_its_bytes_and_
     kafka: Kafka, host: str, tmp_path: Path
 ) -> None:
     async with road(kafka, tmp_path) as on:
-        await on.producer.send_and_wait(
-            on.source, b"bad \xff", key=b"camera-2", partition=2, headers=[("fp", b"\x01")]
-        )
+        await on.producer.send_and_wait(on.source, b"bad \xff", key=b"camera-2", partition=2, headers=[("fp", b"\x01")])
         await on.send(8)
         running, _ = echo(host, on)
         async with hosting(running.run):
@@ -178,7 +172,9 @@ async def test_an_unprocessable_record_becomes_a_dead_letter_with_its_bytes_and_
 
 async def test_a_tick_which_has_no_value_reaches_the_stage(kafka: Kafka, host: str, tmp_path: Path) -> None:
     async with road(kafka, tmp_path) as on:
-        await on.producer.send_and_wait(on.source, None, key=b"tick", partition=3, headers=[("kind", b"tick"), ("wall", b"7")])
+        await on.producer.send_and_wait(
+            on.source, None, key=b"tick", partition=3, headers=[("kind", b"tick"), ("wall", b"7")]
+        )
         running, stage = echo(host, on)
         async with hosting(running.run):
             await until(lambda: _echoed(on, 1))

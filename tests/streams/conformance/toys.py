@@ -29,7 +29,7 @@ class EchoStage:
     async def handle(self, record: Incoming) -> Sequence[Emit]:
         self.seen.append(record)
         (self._control / "entered").touch()
-        while (self._control / "hang").exists():
+        while (self._control / "hang").exists():  # noqa: ASYNC110 (another process removes it)
             await asyncio.sleep(0.05)
         if (self._control / "away").exists():
             raise UnavailableError("llm", "the toy's model is away")
@@ -55,7 +55,7 @@ class WindowStage:
         self.inputs = (source,)
         self.target = target
 
-    def open(self, partition: int, epoch: str, states: Sequence[BatchState]) -> "WindowFold":
+    def open(self, _partition: int, epoch: str, states: Sequence[BatchState]) -> "WindowFold":
         return WindowFold(self.target, epoch, states)
 
 

@@ -1,0 +1,60 @@
+"""Records to bytes and back, whatever the bytes."""
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.records import Frame
+from streams import codec
+from streams.errors import UnprocessableError
+from streams.topics import TOPICS
+from tests.examples import RECORDS, incoming
+
+
+@pytest.mark.parametrize("topic", sorted(RECORDS))
+def test_each_topics_record_comes_back_as_it_was(topic: str) -> None:
+    assert codec.decode(incoming(topic), TOPICS[topic].record) == RECORDS[topic]
+
+
+@pytest.mark.parametrize("topic", sorted(RECORDS))
+def test_each_topic_has_a_key(topic: str) -> None:
+    assert codec.emit(topic, RECORDS[topic]).key
+
+
+@given(st.sampled_from(sorted(RECORDS)), st.none() | st.binary(), st.none() | st.binary(max_size=9))
+def test_any_bytes_are_a_record_or_a_decode_error(topic: str, value: bytes | None, fingerprint: bytes | None) -> None:
+    with contextlib.suppress(codec.DecodeError):
+        assert isinstance(codec.decode_bytes(topic, value, fingerprint, TOPICS[topic].record), TOPICS[topic].record)
+
+
+@given(st.data())
+def test_a_damaged_record_is_a_record_or_a_decode_error(data: st.DataObject) -> None:
+    topic = data.draw(st.sampled_from(sorted(RECORDS)))
+    value, fingerprint = codec.encode(topic, RECORDS[topic])
+    at = data.draw(st.integers(0, len(value) - 1))
+    damaged = value[:at] + data.draw(st.binary(max_size=12)) + value[data.draw(st.integers(at, len(value))) :]
+    with contextlib.suppress(codec.DecodeError):
+        codec.decode_bytes(topic, damaged, fingerprint, TOPICS[topic].record)
+
+
+def test_bytes_behind_a_record_are_an_error() -> None:
+    value, fingerprint = codec.encode("frames", RECORDS["frames"])
+    with pytest.raises(codec.DecodeError, match="left over"):
+        codec.decode_bytes("frames", value + b"\x00", fingerprint, Frame)
+
+
+def test_an_unknown_schema_names_the_fix() -> None:
+    value, _ = codec.encode("frames", RECORDS["frames"])
+    with pytest.raises(codec.DecodeError, match="upgrade the reader first"):
+        codec.decode_bytes("frames", value, b"8 bytes!", Frame)
+
+
+def test_without_a_fingerprint_the_current_schema_is_assumed() -> None:
+    value, _ = codec.encode("frames", RECORDS["frames"])
+    assert codec.decode_bytes("frames", value, None, Frame) == RECORDS["frames"]
+
+
+def test_a_stage_need_not_translate_a_decode_error() -> None:
+    assert issubclass(codec.DecodeError, UnprocessableError)

@@ -1,0 +1,96 @@
+"""Only an unexplained stall is a reason to restart a worker."""
+
+import json
+from pathlib import Path
+
+from streams.liveness import STALL_S, Liveness
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def lively() -> tuple[Liveness, Clock]:
+    clock = Clock()
+    return Liveness("toy", clock=clock), clock
+
+
+def test_a_worker_that_polls_and_has_nothing_lives() -> None:
+    life, clock = lively()
+    life.partition("in-0").idle()
+    clock.now += 10 * STALL_S
+    life.polled()
+    assert life.stall() is None
+
+
+def test_a_consumer_that_silently_stopped_is_a_stall() -> None:
+    life, clock = lively()
+    clock.now += STALL_S + 1
+    assert life.stall() == "the consumer has not polled for 46 s"
+
+
+def test_a_worker_whose_broker_is_away_waits() -> None:
+    life, clock = lively()
+    life.waiting_on = "broker"
+    clock.now += 10 * STALL_S
+    assert life.stall() is None
+    assert life.report()["waiting_on"] == ["broker"]
+
+
+def test_records_in_hand_that_do_not_advance_are_a_stall() -> None:
+    life, clock = lively()
+    life.partition("in-0").hold(3)
+    clock.now += STALL_S + 1
+    life.polled()
+    assert life.stall() == "in-0 has 3 records in hand and has not advanced for 46 s"
+
+
+def test_a_record_after_a_quiet_hour_is_no_stall() -> None:
+    life, clock = lively()
+    partition = life.partition("in-0")
+    partition.idle()
+    clock.now += 3600
+    life.polled()
+    partition.hold(1)
+    assert life.stall() is None
+
+
+def test_a_partition_that_says_what_it_waits_on_is_no_stall_nor_when_the_waiting_ends() -> None:
+    life, clock = lively()
+    partition = life.partition("in-0")
+    partition.hold(1)
+    partition.waiting_on = "llm"
+    clock.now += 3600
+    life.polled()
+    assert life.stall() is None
+    partition.waiting_on = None
+    assert life.stall() is None
+
+
+def test_a_stage_with_patience_may_take_longer_for_a_record() -> None:
+    life, clock = lively()
+    life.partition("in-0", patience_s=400).hold(1)
+    clock.now += 399
+    life.polled()
+    assert life.stall() is None
+    clock.now += 2
+    assert life.stall() is not None
+
+
+def test_a_forgotten_partition_is_not_reported() -> None:
+    life, _ = lively()
+    life.partition("in-0").advanced(7, 2)
+    life.partition("in-1")
+    life.forget("in-1")
+    assert life.report()["partitions"] == {"in-0": {"position": 7, "in_hand": 2, "waiting_on": None}}
+
+
+def test_the_status_file_is_whole_json(tmp_path: Path) -> None:
+    life, _ = lively()
+    path = tmp_path / "made" / "status.json"
+    life.write(path)
+    assert json.loads(path.read_text())["stage"] == "toy"
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,291 @@
+"""The buffer, and what a worker does when things go wrong; no broker."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiokafka import TopicPartition
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.records import BatchState, DeadLetter, SinkState
+from streams import codec
+from streams.delivery import Ownership
+from streams.errors import FencedError, UncertainError
+from streams.kafka import Kafka, KafkaSettings
+from streams.liveness import Liveness
+from streams.messages import Emit, Incoming
+from streams.partition import Buffer, PartitionWorker
+from streams.stages import Range
+
+TP = TopicPartition("in", 2)
+
+
+def record(offset: int, value: bytes = b"x") -> Incoming:
+    return Incoming("in", "e1", 2, offset, b"camera", value, ())
+
+
+def taken(buffer: Buffer) -> list[int]:
+    offsets = []
+    while (one := buffer.take()) is not None:
+        offsets.append(one.offset)
+    return offsets
+
+
+def test_buffer_gives_each_record_once_and_again_after_a_rewind() -> None:
+    buffer = Buffer()
+    for offset in (3, 5, 6):
+        buffer.add(record(offset))
+    assert taken(buffer) == [3, 5, 6]
+    buffer.rewind(5)
+    assert taken(buffer) == [5, 6]
+
+
+def test_buffer_drops_what_a_host_reads_again() -> None:
+    buffer = Buffer()
+    for offset in (3, 4, 3, 4, 5):
+        buffer.add(record(offset))
+    assert taken(buffer) == [3, 4, 5]
+
+
+def test_buffer_drops_what_is_done_even_when_it_comes_late() -> None:
+    buffer = Buffer()
+    buffer.add(record(3))
+    buffer.rewind(100)  # the position lies ahead of where the host began
+    for offset in (4, 99, 100):
+        buffer.add(record(offset))
+    assert taken(buffer) == [100]
+
+
+def test_buffer_takes_up_to_an_offset() -> None:
+    buffer = Buffer()
+    for offset in (3, 7):
+        buffer.add(record(offset))
+    assert buffer.take(upto=6) == record(3)
+    assert buffer.take(upto=6) is None
+    assert buffer.waiting == 1
+
+
+def test_buffer_is_full_by_count_or_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.partition.BUFFER_RECORDS", 3)
+    monkeypatch.setattr("streams.partition.BUFFER_BYTES", 100)
+    buffer = Buffer()
+    buffer.add(record(0))
+    buffer.add(record(1))
+    assert not buffer.full
+    buffer.add(record(2))
+    assert buffer.full
+    buffer.take()
+    assert not buffer.full
+    buffer.add(record(3, bytes(100)))
+    buffer.take()
+    assert buffer.full
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "take", "commit", "rewind"]), st.integers(0, 30)), max_size=60))
+def test_buffer_agrees_with_a_list(steps: list[tuple[str, int]]) -> None:
+    buffer, kept, cursor, floor = Buffer(), list[int](), 0, 0
+    for step, number in steps:
+        if step == "add":
+            buffer.add(record(number))
+            if number >= floor and (not kept or number > kept[-1]):
+                kept.append(number)
+        elif step == "take":
+            one = buffer.take()
+            assert (one.offset if one else None) == (kept[cursor] if cursor < len(kept) else None)
+            cursor += one is not None
+        else:
+            floor = number
+            cursor = 0 if step == "rewind" else max(0, cursor - sum(offset < number for offset in kept[:cursor]))
+            kept = [offset for offset in kept if offset >= number]
+            (buffer.rewind if step == "rewind" else buffer.committed)(number)
+        assert (len(buffer), buffer.waiting) == (len(kept), len(kept) - cursor)
+        assert buffer._waiting_bytes == (len(kept) - cursor) * record(0).size
+
+
+class Log(Kafka):
+    """What the worker would read from the broker."""
+
+    def __init__(self, records: Sequence[Incoming] = ()) -> None:
+        super().__init__(KafkaSettings())
+        self.records = list(records)
+
+    async def read(self, *_: Any, **__: Any) -> list[Incoming]:
+        return self.records
+
+
+class Hold(Ownership):
+    """An ownership whose broker is this object."""
+
+    def __init__(self, log: Log, failures: Sequence[Exception] = ()) -> None:
+        super().__init__(log, "toy", TP, epoch=lambda: "e1", clock=lambda: 1.0)
+        self.failures = list(failures)
+        self.emits: list[Emit] = []
+        self.positions: list[int] = []
+        self.acquired = 0
+
+    async def acquire(self) -> None:
+        self.acquired += 1
+
+    async def commit(self, emits: Sequence[Emit], position: int) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+        self.emits += emits
+        self.position = position
+        self.positions.append(position)
+
+    async def release(self) -> None:
+        pass
+
+
+class Collect:
+    """A fold that hands each record on, and breaks on `broken`."""
+
+    name = "toy"
+    inputs = ("in",)
+    state_topic = "batch_state"
+    tick_topic = "frames"
+    open_windows = 0
+
+    def __init__(self) -> None:
+        self.opened = 0
+
+    def open(self, _partition: int, _epoch: str, _states: Sequence[BatchState]) -> "Collect":
+        self.opened += 1
+        return self
+
+    def feed(self, one: Incoming) -> Sequence[Emit]:
+        if one.value == b"broken":
+            raise ZeroDivisionError
+        return [Emit("out", b"camera", one.value)]
+
+    def position(self, next_offset: int) -> int:
+        return next_offset
+
+    def moved(self, _next_offset: int) -> Sequence[BatchState]:
+        return ()
+
+
+class Table:
+    """A store that is broken so many times."""
+
+    name = "toy"
+    inputs = ("in",)
+    state_topic = "sink_state"
+    linger_s = 0.0
+    max_records = 2
+
+    def __init__(self, failures: int = 0) -> None:
+        self.failures = failures
+        self.inserted: list[tuple[int, int, list[int]]] = []
+
+    async def insert(self, span: Range, records: Sequence[Incoming]) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise ZeroDivisionError
+        self.inserted.append((span.lo, span.hi, [one.offset for one in records]))
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.partition.random.uniform", lambda *_: 0.0)
+
+
+@asynccontextmanager
+async def working(stage: Any, hold: Hold, *, ours: Sequence[bool] = ()) -> AsyncIterator[PartitionWorker]:
+    answers = list(ours)
+
+    async def still_ours() -> bool:
+        return answers.pop(0) if answers else True
+
+    life = Liveness("toy").partition("in-2")
+    worker = PartitionWorker(stage, hold, life, still_ours=still_ours, slots=asyncio.Semaphore(1))
+    task = asyncio.create_task(worker.run())
+    try:
+        yield worker
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert task.cancelled(), "the worker ended by itself"
+
+
+async def position(hold: Hold, reached: int) -> None:
+    async with asyncio.timeout(20):
+        while hold.position < reached:  # noqa: ASYNC110 (the worker knows of no event)
+            await asyncio.sleep(0)
+
+
+async def test_a_fold_that_breaks_three_times_on_a_record_dead_letters_it_and_goes_on() -> None:
+    stage, hold = Collect(), Hold(Log())
+    async with working(stage, hold) as worker:
+        for offset, value in enumerate((b"one", b"broken", b"two")):
+            worker.buffer.add(record(offset, value))
+        await position(hold, 3)
+    assert [emit.value for emit in hold.emits if emit.topic == "out"] == [b"one", b"two"]
+    (letter,) = [emit for emit in hold.emits if emit.topic == "dead_letters"]
+    read = codec.decode(Incoming("dead_letters", "e", 2, 0, None, letter.value, letter.headers), DeadLetter)
+    assert (read.origin, read.value, read.attempt) == ("in:e1:2:1", b"broken", 3)
+    # Each time with a fold anew: one that broke in the middle of a record is of no use.
+    assert stage.opened == 4
+
+
+async def test_after_an_unknown_outcome_the_worker_acquires_again_and_feeds_itself() -> None:
+    hold = Hold(Log(), [UncertainError("unknown")])
+    async with working(Collect(), hold) as worker:
+        for offset in range(3):
+            worker.buffer.add(record(offset))
+        await position(hold, 3)
+    assert hold.acquired == 2
+    assert len(hold.emits) == 3
+
+
+async def test_a_fenced_worker_waits_until_the_group_says_the_partition_is_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, pauses = asyncio.sleep, list[float]()
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await real(0)
+
+    hold = Hold(Log(), [FencedError("toy")])
+    monkeypatch.setattr("streams.partition.asyncio.sleep", sleep)
+    async with working(Collect(), hold, ours=[False, False, True]) as worker:
+        worker.buffer.add(record(0))
+        async with asyncio.timeout(20):
+            while hold.position < 1:
+                await real(0)
+    assert pauses.count(2) == 2
+    assert hold.acquired == 2
+
+
+async def test_a_broken_insert_is_tried_again_with_the_same_range() -> None:
+    stage, hold = Table(failures=2), Hold(Log())
+    async with working(stage, hold) as worker:
+        hold.kafka.records = [pending(lo=0, hi=1, rows=2)]  # type: ignore[attr-defined]
+        for offset in range(2):
+            worker.buffer.add(record(offset))
+        await position(hold, 2)
+    assert stage.inserted == [(0, 1, [0, 1])]
+
+
+async def test_a_pending_range_is_taken_exactly_and_what_lies_behind_it_later() -> None:
+    """Retention took offset 6; 3 lies before the range because the group's offsets were forgotten."""
+    stage, hold = Table(), Hold(Log([pending(lo=4, hi=6, rows=3)]))
+    async with working(stage, hold) as worker:
+        for offset in (3, 4, 5, 8):
+            worker.buffer.add(record(offset))
+        await position(hold, 9)
+    assert stage.inserted == [(4, 6, [4, 5]), (8, 8, [8])]
+
+
+def pending(lo: int, hi: int, rows: int) -> Incoming:
+    """A predecessor's word on the range that it may have inserted."""
+    state = SinkState(topic="in", partition=2, epoch="e1", lo=lo, hi=hi, rows=rows)
+    made = codec.emit("sink_state", state)
+    return Incoming("sink_state", "e", 2, 0, made.key, made.value, made.headers)
