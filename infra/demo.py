@@ -7,7 +7,6 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -41,7 +40,7 @@ class DemoError(RuntimeError):
     """The demo did not end as it must; the message says what is missing."""
 
 
-async def run_demo(settings: Settings, config: Path | None, stop_event: Callable[[], asyncio.Event]) -> None:
+async def run_demo(settings: Settings, config: Path | None, stop: asyncio.Event) -> None:
     """Play the footage, show the events, write `<data_dir>/demo.json`.
 
     Raises:
@@ -49,7 +48,6 @@ async def run_demo(settings: Settings, config: Path | None, stop_event: Callable
     """
     console = Console()
     began = time.monotonic()
-    stop = stop_event()
     seconds: dict[str, float] = {"install": _install_seconds()}
     console.print("[bold]rewatch demo[/bold]: three cameras, one day, everything on this machine")
     console.print("first run downloads the Kafka broker: 45 jars, 43 MB, kept for later runs")
@@ -169,7 +167,11 @@ def _missing(state: dict[str, Any]) -> list[str]:
         ),
         *([] if records["detections"] == records["frames"] else ["frames without detections"]),
         *([] if records["contexts"] == records["batches"] else ["batches without contexts"]),
-        *([] if records["risk_events"] + records["dead_letters"] >= records["contexts"] else ["contexts without events"]),
+        *(
+            []
+            if records["risk_events"] + records["dead_letters"] >= records["contexts"]
+            else ["contexts without events"]
+        ),
     ]
 
 

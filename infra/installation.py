@@ -82,7 +82,7 @@ class Installation:
         needs = {"kafka": self.settings.local_kafka}
         return ProcessSpec(
             name=name,
-            argv=[sys.executable, "-m", "infra.cli", "-v", *config, "run", stage, "--status", str(status)],
+            argv=[sys.executable, "-m", "infra.worker", stage, "--status", str(status), *config],
             env={"PYTHONUNBUFFERED": "1"},
             needs=tuple(need for need, local in needs.items() if local),
             ready=lambda: _ready(self.settings, stage, status),

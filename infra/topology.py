@@ -1,27 +1,25 @@
-"""Which stages there are, what each is made of, and how one is run in a process of its own (`rewatch run STAGE`)."""
+"""Which stages there are, what each is made of, and how one is run in a process of its own (`rewatch run STAGE`).
+
+Each stage is imported when it is built: torch alone takes seconds and 300 MB, and only detect needs it.
+"""
 
 import asyncio
 import os
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infra.config import Settings
-from processors.analyze.stage import build as build_analyze
-from processors.batch.stage import build as build_batch
-from processors.detect.detector import Detector
-from processors.detect.http_detector import HttpDetector
-from processors.detect.stage import DetectStage
-from processors.detect.torch_detector import TorchDetector
-from processors.enrich.stage import build as build_enrich
-from processors.ingest.service import run as run_ingest
-from processors.sink.stage import build as build_sink
 from streams.admin import ensure_topics, epochs_of
 from streams.claims import ClaimStore
 from streams.control import Cameras
-from streams.host_faust import FaustHost
-from streams.host_raw import RawHost
 from streams.kafka import Kafka
 from streams.stages import Stage
+
+if TYPE_CHECKING:
+    from processors.detect.detector import Detector
+    from streams.host_faust import FaustHost
+    from streams.host_raw import RawHost
 
 STAGES = ("detect", "batch", "enrich", "analyze", "sink")
 """The stages with an input partition, in the order of the road."""
@@ -60,34 +58,59 @@ async def run(settings: Settings, name: str, stop: asyncio.Event, status: Path) 
         known = cameras(settings, kafka)
         await stack.enter_async_context(known.table.following())
         if name == "ingest":
+            from processors.ingest.service import run as run_ingest
+
             claims = ClaimStore(settings.images_root)
             epoch = metas["frames"].epoch
             await run_ingest(kafka, settings.ingest, known, claims, stop, epoch=epoch, status=status)
             return
         stage = build(settings, name, known)
-        host: type[RawHost | FaustHost] = RawHost if getattr(settings.stages, name).host == "raw" else FaustHost
-        await host(kafka, stage, epochs=epochs_of(metas), status=status).run(stop)
+        await _host(getattr(settings.stages, name).host)(kafka, stage, epochs=epochs_of(metas), status=status).run(stop)
 
 
 def build(settings: Settings, name: str, known: Cameras) -> Stage:
     """The stage of that name, with the parts that the settings choose."""
     if name == "detect":
+        from processors.detect.stage import DetectStage
+
         return DetectStage(detector(settings), ClaimStore(settings.images_root), settings.detector)
     if name == "batch":
+        from processors.batch.stage import build as build_batch
+
         return build_batch(settings.windows.record(), known.window)
     if name == "enrich":
+        from processors.enrich.stage import build as build_enrich
+
         return build_enrich(known.get)
     if name == "analyze":
+        from processors.analyze.stage import build as build_analyze
+
         return build_analyze(settings.llm, weights=analyst(settings), conditions=conditions(settings))
     if name == "sink":
+        from processors.sink.stage import build as build_sink
+
         return build_sink(settings.clickhouse)
     raise ValueError(f"no such stage: {name}; there are {', '.join(PROCESSES)}")
 
 
-def detector(settings: Settings) -> Detector:
+def _host(name: str) -> "type[RawHost | FaustHost]":
+    if name == "raw":
+        from streams.host_raw import RawHost
+
+        return RawHost
+    from streams.host_faust import FaustHost
+
+    return FaustHost
+
+
+def detector(settings: Settings) -> "Detector":
     """The detector that the settings choose: a service, or a model in this process."""
+    from processors.detect.http_detector import HttpDetector
+
     if settings.detector.url is not None:
         return HttpDetector(settings.detector)
+    from processors.detect.torch_detector import TorchDetector
+
     path = settings.detector.model_path
     return TorchDetector(settings.detector, str(DEMO_MODELS / "detector") if path == "demo" else path)
 

@@ -75,5 +75,3 @@ def ask(database: ClickHouseSettings) -> Iterator[Reader]:
     reader = Reader(database)
     yield reader
     reader.client.close()
-
-

@@ -1,6 +1,8 @@
 """`rewatch config show|schema`: the settings in force and where each comes from; what can be set."""
 
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from infra.config import ALIASES, Settings
 app = typer.Typer(no_args_is_help=True, help="The settings.")
 
 MASK = "(set, not shown)"
+
+# What stands between the scheme and the host of an address: user and password.
+_CREDENTIALS = re.compile(r"(\w://)[^/@\s]+@")
 
 
 def register(root: typer.Typer) -> None:
@@ -55,8 +60,8 @@ def _leaves(model: BaseModel, prefix: str) -> list[tuple[str, Any]]:
 def _plain(value: Any) -> Any:
     if isinstance(value, SecretStr):
         return MASK
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, str | Path):
+        return _CREDENTIALS.sub(rf"\g<1>{MASK}@", str(value))
     if isinstance(value, tuple | list | set | frozenset):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
@@ -66,19 +71,29 @@ def _plain(value: Any) -> Any:
 
 def _source(name: str, settings: Settings, written: set[str]) -> str:
     """Which of the sources won, in their order of precedence."""
-    variable = f"REWATCH_{name.replace('.', '__')}".upper()
     names = {key.upper(): key for key in os.environ}
-    # A whole section, or a map inside it, can be one variable too: REWATCH_KAFKA='{"partitions": 64}'.
-    parts = variable.split("__")
+    parts = name.split(".")
+    # A section, or a map in one, can be given whole: REWATCH_KAFKA='{"partitions": 64}'.
     for length in range(len(parts), 0, -1):
-        if (part := "__".join(parts[:length])) in names:
-            return names[part]
+        variable = f"REWATCH_{'__'.join(parts[:length])}".upper()
+        if variable in names and _holds(os.environ[names[variable]], parts[length:]):
+            return names[variable]
     for alias, path in ALIASES.items():
         if path == name and alias in os.environ:
             return alias
     if any(name == path or name.startswith(f"{path}.") for path in written):
         return str(type(settings).file)
     return "default"
+
+
+def _holds(text: str, parts: list[str]) -> bool:
+    """Whether the JSON in a variable says something about the setting so far below it."""
+    tree: Any = json.loads(text) if parts else None
+    for part in parts:
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
 
 
 def _written(file: Path | None) -> set[str]:

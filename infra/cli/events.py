@@ -125,7 +125,8 @@ def explain(
     if as_json:
         print_json(as_plain(lineage))
     else:
-        console().print(tree(lineage, settings.time_zone, prompt=prompt), soft_wrap=True)
+        zone = lineage.context["time_zone"] if lineage.context is not None else settings.time_zone
+        console().print(tree(lineage, zone, prompt=prompt), soft_wrap=True)
 
 
 def moment(text: str, now: datetime) -> datetime:
@@ -155,7 +156,7 @@ async def _find(store: Store, text: str) -> Row:
     recent = [event["event_id"] for event in await store.events(limit=2000)]
     near = difflib.get_close_matches(text, recent, n=3, cutoff=0.3) or recent[:3]
     hint = "\n  ".join(["near it:", *near]) if near else "there are no events yet"
-    fail(f"there is no event {text}; {hint}", NO)  # noqa: RET503 (it never returns)
+    fail(f"there is no event {text}; {hint}", NO)
 
 
 def as_plain(lineage: Lineage) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-import structlog
 import typer
 
+from infra import logs
 from infra.cli import cameras, dlq, doctor, events, migrate, run, show, sql
 from infra.cli import config as config_commands
 from infra.config import ConfigError, load
@@ -22,41 +22,28 @@ for commands in (run, show, events, sql, cameras, dlq, doctor, migrate, config_c
     commands.register(app)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rewatch {version('rewatch')}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
     ctx: typer.Context,
-    config: Annotated[Path | None, typer.Option(help="Settings file; without it ./rewatch.yaml if there is one.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Settings file; without it ./rewatch.yaml if there is one.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    show_version: Annotated[  # noqa: ARG001 (its callback answers)
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
 ) -> None:
     """Read the settings once; every command gets them."""
-    if show_version:
-        typer.echo(f"rewatch {version('rewatch')}")
-        raise typer.Exit
-    log_to_stderr(logging.INFO if verbose else logging.WARNING)
+    logs.to_stderr(logging.INFO if verbose else logging.WARNING)
     ctx.obj = load(config)
     ctx.meta["config"] = config
-
-
-def log_to_stderr(level: int) -> None:
-    """Logs are for operators and go to stderr; what a command answers goes to stdout."""
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    # aiokafka reports each reconnection of each client as an error; the stages say what they wait on.
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.dev.set_exc_info,
-            structlog.processors.format_exc_info,
-            structlog.processors.LogfmtRenderer(bool_as_flag=False)
-            if not sys.stderr.isatty()
-            else structlog.dev.ConsoleRenderer(),
-        ],
-    )
 
 
 def main() -> None:

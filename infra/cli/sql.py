@@ -1,11 +1,12 @@
 """`rewatch sql`: a question to ClickHouse, read-only."""
 
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infra.cli.output import USAGE, JsonFlag, fail, print_table, run
+from infra.cli.output import USAGE, JsonFlag, fail, print_table, printable, run
 from infra.cli.store import Store
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def sql(
 
     answer = run(settings, main, doing="asking ...").decode(errors="replace")
     if as_csv:
-        typer.echo(answer, nl=False)
+        # A pipe gets what the engine says, byte for byte; a terminal must not be steered by what a model wrote.
+        typer.echo(printable(answer) if sys.stdout.isatty() else answer, nl=False)
         return
     document = json.loads(answer) if answer.strip() else {"meta": [], "data": []}
     if as_json:

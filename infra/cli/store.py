@@ -165,7 +165,7 @@ class Store:
             except DatabaseError as error:
                 if error.code is None:
                     raise
-                raise QueryError(_own_words(error)) from error
+                raise QueryError(_own_words(error).replace(f"\n FORMAT {fmt}", "")) from error
         return answer
 
 

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, ClassVar, Self
 
 from aiokafka import TopicPartition
-from click.testing import Result
-from typer.testing import CliRunner
+import structlog
+from typer.testing import CliRunner, Result
 
 from infra.cli.main import app
+from infra.cli.store import Lineage, Row
 from infra.config import Settings
+from processors.sink.core import TABLES
 from processors.sink.stage import SinkStage
 from processors.sink.store import ClickHouseStore
 from schemas import ids
@@ -40,7 +43,10 @@ AT = 1_793_613_600_000
 
 def invoke(*arguments: str) -> Result:
     """Run a command as a person does, in this process."""
-    return CliRunner().invoke(app, list(arguments))
+    try:
+        return CliRunner().invoke(app, list(arguments))
+    finally:
+        structlog.reset_defaults()  # the root pointed it at a standard error that is gone now
 
 
 def answer(*arguments: str, code: int = 0) -> Any:
@@ -157,7 +163,9 @@ def story(camera: str) -> dict[str, list[Record]]:
                 batch=batch,
                 camera_name="Front door",
                 time_zone="Europe/Berlin",
-                sections=(ContextSection(name="baseline", text="Nobody comes at this hour.", priority=1, made_by="b/1"),),
+                sections=(
+                    ContextSection(name="baseline", text="Nobody comes at this hour.", priority=1, made_by="b/1"),
+                ),
             )
         ],
         "risk_events": [event],
@@ -212,6 +220,89 @@ async def put_in_store(settings: Settings, records: Sequence[Incoming]) -> None:
             await sink.insert(Range(topic, epoch, partition, part[0].offset, part[-1].offset), part)
     finally:
         await sink.close()
+
+
+class FakeStore:
+    """Stands where `Store` does, holding the story of the camera `front` as ClickHouse's tables would."""
+
+    away: Exception | None = None
+    raw_answer = b"{}"
+    asked: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.tables = {topic: [_row(topic, n, r) for n, r in enumerate(rs)] for topic, rs in story("front").items()}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    async def counts(self) -> dict[str, int]:
+        self._answer()
+        return {topic: len(rows) for topic, rows in self.tables.items()}
+
+    async def dead_letter_counts(self) -> list[Row]:
+        self._answer()
+        return [{"stage": "detect", "kind": "error", "count": 1}]
+
+    async def dead_letters(self, **asked: Any) -> list[Row]:
+        self._answer(asked)
+        return [
+            row
+            | {
+                "key": row["key"].hex(),
+                "value": row["value"].hex(),
+                "headers": [(name, value.hex()) for name, value in row["headers"]],
+                "status": "",
+            }
+            for row in self.tables["dead_letters"]
+            if row["origin"].startswith(asked.get("origin") or "")
+        ]
+
+    async def events(self, **asked: Any) -> list[Row]:
+        self._answer(asked)
+        return self.tables["risk_events"]
+
+    async def events_like(self, text: str, *, limit: int) -> list[Row]:
+        self._answer()
+        found = [row for row in self.tables["risk_events"] if row["event_id"].startswith(text)]
+        return found[:limit]
+
+    async def lineage(self, event: Row) -> Lineage:
+        return Lineage(
+            event,
+            self.tables["batches"][0],
+            self.tables["contexts"][0],
+            {row["frame_id"]: row for row in self.tables["frames"]},
+            {row["frame_id"]: row for row in self.tables["detections"]},
+        )
+
+    async def raw(self, query: str, fmt: str, *, limit: int) -> bytes:
+        self._answer({"query": query, "fmt": fmt, "limit": limit})
+        return self.raw_answer
+
+    def _answer(self, asked: dict[str, Any] | None = None) -> None:
+        self.asked.append(asked or {})
+        if self.away is not None:
+            raise self.away
+
+
+def _row(topic: str, offset: int, record: Record) -> Row:
+    """The record as a row of its table: the sink's own columns, with what ClickHouse's client makes of them."""
+    row: Row = {"epoch": "f" * 8, "partition": 0, "offset": offset}
+    for name, get in TABLES[topic].columns.items():
+        value = get(record)
+        if name.endswith("_at"):
+            value = [_time(ms) for ms in value] if isinstance(value, list) else _time(value)
+        elif name == "frames.boxes":
+            value = [[dict(zip(SeenBox.__struct_fields__, box, strict=True)) for box in boxes] for boxes in value]
+        row[name] = value
+    return row
+
+
+def _time(ms: int | None) -> datetime | None:
+    return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
 
 
 def _of(record: Incoming, camera: str) -> bool:

@@ -453,6 +453,13 @@ class TestCursor:
         again.add([Mark("c", 5, 6)])
         assert len(Cursor(tmp_path / "c", "log", "x")) == 2
 
+    def test_a_write_that_failed_half_way_spoils_no_later_one(self, tmp_path):
+        cursor = Cursor(tmp_path / "c", "log", "x")
+        with (tmp_path / "c").open("ab") as out:
+            out.write(b'["a", 1')  # the disk was full
+        cursor.add([Mark("b", 3, 4)])
+        assert Mark("b", 3, 4) in Cursor(tmp_path / "c", "log", "x")
+
     def test_another_log_starts_afresh(self, tmp_path):
         Cursor(tmp_path / "c", "log", "x").add([Mark("a", 1, 2)])
         assert len(Cursor(tmp_path / "c", "other", "x")) == 0

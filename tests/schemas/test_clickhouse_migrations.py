@@ -95,9 +95,7 @@ def test_every_column_of_every_table_and_view_is_documented(ask):
 @pytest.mark.real
 def test_every_table_deduplicates_and_reaches_the_disk(ask):
     engines = dict(
-        ask.rows(
-            "SELECT name, engine_full FROM system.tables WHERE database = currentDatabase() AND engine != 'View'"
-        )
+        ask.rows("SELECT name, engine_full FROM system.tables WHERE database = currentDatabase() AND engine != 'View'")
     )
     assert set(STORED) | {"log", "sink_progress", "schema_migrations"} == set(engines)
     for name, engine in engines.items():
@@ -120,9 +118,7 @@ def test_typed_tables_have_the_position_and_types_that_hold_what_avro_can(ask):
     holds = {int: ("Int", "DateTime64"), float: ("Float",), bool: ("Bool",), str: ("String", "LowCardinality")}
     for topic in STORED:
         columns = dict(
-            ask.rows(
-                f"SELECT name, type FROM system.columns WHERE database = currentDatabase() AND table = '{topic}'"
-            )
+            ask.rows(f"SELECT name, type FROM system.columns WHERE database = currentDatabase() AND table = '{topic}'")
         )
         assert columns.keys() >= POSITION
         for field, hint in TOPICS[topic].record.__annotations__.items():

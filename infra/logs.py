@@ -1,0 +1,24 @@
+"""How every process of the product logs: one line an event, to stderr, readable by people and by grep."""
+
+import logging
+import sys
+
+import structlog
+
+
+def to_stderr(level: int) -> None:
+    """Logs are for operators and go to stderr; what a command answers goes to stdout."""
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    # aiokafka reports each reconnection of each client as an error; the stages say what they wait on.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    people = sys.stderr.isatty()
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer() if people else structlog.processors.LogfmtRenderer(bool_as_flag=False),
+        ],
+    )

@@ -1,0 +1,54 @@
+"""One stage in a process of its own: `python -m infra.worker STAGE`. What the supervisor starts.
+
+It is `rewatch run STAGE` without the rest of the command line, whose imports would cost each process seconds.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from infra import logs, topology
+from infra.config import ConfigError, Settings, load
+from streams.admin import TopicsError
+
+
+def stop_event() -> asyncio.Event:
+    """Set by SIGTERM and Ctrl-C: work in hand is let go in order, not torn off."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(NotImplementedError):  # Windows
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+async def work(settings: Settings, stage: str, status: Path | None) -> None:
+    """Run the stage until SIGTERM.
+
+    Raises:
+        TopicsError, or another error whose message names the setting: it cannot run as it is set.
+    """
+    await topology.run(settings, stage, stop_event(), status or topology.status_path(settings, stage))
+
+
+def main() -> int:
+    """Parse, run, and return the exit code: 2 where the settings are to blame."""
+    parser = argparse.ArgumentParser(prog="python -m infra.worker", description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=topology.PROCESSES)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--status", type=Path)
+    arguments = parser.parse_args()
+    logs.to_stderr(logging.INFO)
+    try:
+        asyncio.run(work(load(arguments.config), arguments.stage, arguments.status))
+    except (ConfigError, TopicsError) as error:
+        print(f"settings: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
