@@ -37,10 +37,10 @@ ALIASES: dict[str, str] = {
     "NEMOTRON_GPU_LAYERS": "llm.gpu_layers",
     "NEMOTRON_API_KEY": "llm.api_key",
     "LLAMA_SERVER_PATH": "llm.server_path",
-    "TLS_MODE": "tls.mode",
-    "TLS_CERT_PATH": "tls.cert_path",
-    "TLS_KEY_PATH": "tls.key_path",
-    "TLS_MIN_VERSION": "tls.min_version",
+    "TLS_MODE": "ingest.upload.tls",
+    "TLS_CERT_PATH": "ingest.upload.tls_cert_path",
+    "TLS_KEY_PATH": "ingest.upload.tls_key_path",
+    "TLS_MIN_VERSION": "ingest.upload.tls_min_version",
 }
 """Environment names of the services that this product's users come from, and the settings they set."""
 
@@ -88,17 +88,6 @@ class StagesSettings(BaseModel):
     sink: StageSettings = StageSettings(host="raw")
 
 
-class TlsSettings(BaseModel):
-    """TLS of the HTTP services that this product runs."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    mode: Literal["off", "files"] = Field("off", description="`files` serves HTTPS with cert_path and key_path.")
-    cert_path: Path | None = None
-    key_path: Path | None = None
-    min_version: Literal["1.2", "1.3"] = "1.2"
-
-
 class Settings(BaseSettings):
     """Everything that can be set."""
 
@@ -122,7 +111,6 @@ class Settings(BaseSettings):
     ingest: IngestSettings = IngestSettings()
     stages: StagesSettings = StagesSettings()
     local: LocalSettings = LocalSettings()
-    tls: TlsSettings = TlsSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -184,8 +172,11 @@ class _Aliases(PydanticBaseSettingsSource):
         found: dict[str, Any] = {}
         for name, path in ALIASES.items():
             if name in os.environ:
-                section, setting = path.split(".")
-                found.setdefault(section, {})[setting] = os.environ[name]
+                *sections, setting = path.split(".")
+                at = found
+                for section in sections:
+                    at = at.setdefault(section, {})
+                at[setting] = os.environ[name]
         return found
 
 
@@ -237,21 +228,18 @@ def _check_file(file: Path) -> None:
 
 def _check_environment() -> None:
     """A misspelt name in the environment would set nothing, silently."""
-    known = {_variable(name): name for name in known_settings()}
+    known = [_PREFIX + name.upper().replace(".", "__") for name in known_settings()]
+    # What lies below a setting that is a map is a person's own naming: REWATCH_INGEST__FOLDER__CAMERAS__DRIVEWAY.
+    leaves = tuple(f"{name}__" for name in known if not any(other.startswith(f"{name}__") for other in known))
     problems = []
     for variable in os.environ:
         name = variable.upper()
-        # What lies below a map is a person's own naming: REWATCH_INGEST__FOLDER__CAMERAS__DRIVEWAY.
-        if name.startswith(_PREFIX) and not any(name == k or name.startswith(f"{k}__") for k in known):
+        if name.startswith(_PREFIX) and name not in known and not name.startswith(leaves):
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else "`rewatch config show` lists all"
             problems.append(f"{variable} (environment): there is no such setting; {hint}")
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def _variable(name: str) -> str:
-    return _PREFIX + name.upper().replace(".", "__")
 
 
 def _explain(problem: Any, file: Path | None) -> str:

@@ -109,16 +109,16 @@ async def _partition_counts(admin: AIOKafkaAdminClient) -> dict[str, int]:
 
 
 async def _create(admin: AIOKafkaAdminClient, kafka: Kafka, topic: Topic) -> None:
-    new = NewTopic(
-        topic.name,
-        _count(kafka, topic),
-        kafka.settings.replication_factor,
-        topic_configs={
-            "cleanup.policy": "compact" if topic.compacted else "delete",
-            "retention.ms": str(topic.retention_ms),
-            "max.message.bytes": str(MAX_RECORD_BYTES),
-        },
-    )
+    configs = {
+        "cleanup.policy": "compact" if topic.compacted else "delete",
+        "retention.ms": str(topic.retention_ms),
+        "max.message.bytes": str(MAX_RECORD_BYTES),
+    }
+    if topic.compacted:
+        # The segment that is written to is never compacted, and an owner reads its state whole at each takeover:
+        # with the default of 1 GB that would be a long read.
+        configs |= {"segment.bytes": str(16 * 1024 * 1024), "min.cleanable.dirty.ratio": "0.1"}
+    new = NewTopic(topic.name, _count(kafka, topic), kafka.settings.replication_factor, topic_configs=configs)
     response = await admin.create_topics([new])
     for name, code, *_ in response.topic_errors:
         error = for_code(code)

@@ -83,6 +83,9 @@ class Kafka:
             enable_idempotence=True,
             acks="all",
             max_request_size=MAX_RECORD_BYTES,
+            # aiokafka's 16 KB makes a request and a flush of every frame: 58 frames of 32 KB a second, against 613
+            # with this (measured). Redpanda takes batches of 1 MiB at most.
+            max_batch_size=1_000_000,
             **options,
         )
 

@@ -37,7 +37,8 @@ async def database(clickhouse_url: str) -> AsyncIterator[ClickHouseSettings]:
     await store.migrate()
     await store.close()
     yield made
-    httpx.post(clickhouse_url, params={"query": f"DROP DATABASE {made.database} SYNC"}, timeout=60).raise_for_status()
+    async with httpx.AsyncClient(timeout=60) as client:
+        (await client.post(clickhouse_url, params={"query": f"DROP DATABASE {made.database} SYNC"})).raise_for_status()
 
 
 @pytest_asyncio.fixture

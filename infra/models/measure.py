@@ -52,7 +52,7 @@ def iou(a: Floats, b: Floats) -> Floats:
     return out
 
 
-def _matches(found: Found, truth: Found, label: int, threshold: float) -> tuple[Floats, NDArray[np.bool_]]:
+def matches(found: Found, truth: Found, label: int, threshold: float) -> tuple[Floats, NDArray[np.bool_]]:
     """Scores of one image's detections of a class, best first, and whether each found an object of its own."""
     mine = found.labels == label
     order = np.argsort(-found.scores[mine], kind="stable")
@@ -84,7 +84,7 @@ def measure(found: list[Found], truth: list[Found], threshold: float = 0.5) -> S
         least = 0.5 + 0.05 * step
         per_iou[least] = []
         for label in range(len(CLASSES)):
-            pairs = [_matches(f, t, label, least) for f, t in zip(found, truth, strict=True)]
+            pairs = [matches(f, t, label, least) for f, t in zip(found, truth, strict=True)]
             scores, right = (np.concatenate(column) for column in zip(*pairs, strict=True))
             objects = int((wanted == label).sum())
             if objects:

@@ -33,6 +33,11 @@ class Renders:
     boxes: list[NDArray[np.float32]]
 
 
+def corners(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Centre x, centre y, width, height to x0, y0, x1, y1, (n, 4) each."""
+    return np.concatenate((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2), 1)
+
+
 def _one(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32]]:
     image, found = random_scene(seed)
     small = image.resize((INPUT[1], INPUT[0]), Image.Resampling.BILINEAR)

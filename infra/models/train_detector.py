@@ -19,7 +19,8 @@ from transformers import RTDetrImageProcessor, RTDetrResNetConfig, RTDetrV2Confi
 
 from infra.models.actors import CLASSES
 from infra.models.measure import Found, Scores, measure
-from infra.models.renders import HELD_OUT_SEED, INPUT, Renders, load
+from infra.models.calibrate import CALIBRATION_SEED, calibrate
+from infra.models.renders import HELD_OUT_SEED, INPUT, Renders, corners, load
 
 _BATCH = 8
 _RATE = 5e-4
@@ -109,11 +110,6 @@ def _batch(data: Renders, indices: Any, rng: np.random.Generator) -> tuple[Tenso
     return pixels.to(memory_format=torch.channels_last), targets
 
 
-def corners(boxes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Centre x, centre y, width, height to x0, y0, x1, y1, (n, 4) each."""
-    return np.concatenate((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2), 1)
-
-
 def _shares(data: Renders) -> Any:
     """How often to draw each scene: by how rare its things are, so that no class waits for its turn."""
     counts = np.bincount(np.concatenate(data.labels), minlength=len(CLASSES))
@@ -155,7 +151,10 @@ def train(out: Path, minutes: float, images: int, seed: int = 0) -> None:
     """Trains for `minutes` of wall time (rendering not counted) on `images` scenes."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    data, held_out = load(out / "renders", 0, images), load(out / "renders", HELD_OUT_SEED, 400)
+    data, held_out, calibration = (
+        load(out / "renders", first, count)
+        for first, count in ((0, images), (HELD_OUT_SEED, 400), (CALIBRATION_SEED, 400))
+    )
     shares = _shares(data)
     model = new_model().to(memory_format=torch.channels_last)
     mean = copy.deepcopy(model)
@@ -191,9 +190,11 @@ def train(out: Path, minutes: float, images: int, seed: int = 0) -> None:
         if done or step % _MEASURE_EVERY == 0:
             seconds = seconds_before + time.monotonic() - began
             row = {"step": step, "seconds": round(seconds), "loss": round(loss_mean, 3)}
-            row |= {k: round(v, 3) for k, v in vars(evaluate(mean, held_out)).items()}
+            shipped = copy.deepcopy(mean)
+            calibrate(shipped, calibration)
+            row |= {k: round(v, 3) for k, v in vars(evaluate(shipped, held_out)).items()}
             _record(out / "detector_curve.csv", row)
-            mean.save_pretrained(out / "detector")
+            shipped.save_pretrained(out / "detector")
             new_processor().save_pretrained(out / "detector")
             state = {"model": model.state_dict(), "mean": mean.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state | {"step": step, "seconds": seconds}, checkpoint)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,9 +121,12 @@ class Service:
             server_header=False,
             timeout_keep_alive=30,  # cameras post every few seconds: keep their connections
             timeout_graceful_shutdown=_DRAIN_S,
-            ssl_certfile=upload.tls_cert_path,
-            ssl_keyfile=upload.tls_key_path,
+            ssl_certfile=upload.tls_cert_path if upload.with_tls else None,
+            ssl_keyfile=upload.tls_key_path if upload.with_tls else None,
         )
+        config.load()
+        if config.ssl is not None:
+            config.ssl.minimum_version = ssl.TLSVersion[f"TLSv{upload.tls_min_version.replace('.', '_')}"]
         server = _Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]), name="ingest http")
         url = upload.model_copy(update={"port": listener.getsockname()[1]}).url

@@ -91,8 +91,12 @@ class UploadSettings(BaseModel):
     )
     max_waiting: int = Field(default=64, ge=1, description="Uploads in hand at once; more are answered with 429.")
     timeout_s: float = Field(default=60.0, gt=0, description="A body that takes longer to arrive is answered with 408.")
+    tls: Literal["auto", "off"] = Field(
+        default="auto", description="`auto` listens with TLS where a certificate is set."
+    )
     tls_cert_path: Path | None = Field(default=None, description="PEM certificate chain: listen with TLS.")
     tls_key_path: Path | None = Field(default=None, description="PEM key of tls_cert_path.")
+    tls_min_version: Literal["1.2", "1.3"] = Field(default="1.2", description="Oldest TLS that is spoken.")
 
     @model_validator(mode="after")
     def _open_to_others(self) -> "UploadSettings":
@@ -108,10 +112,15 @@ class UploadSettings(BaseModel):
         return self
 
     @property
+    def with_tls(self) -> bool:
+        """Whether it listens with TLS."""
+        return self.tls == "auto" and self.tls_cert_path is not None
+
+    @property
     def url(self) -> str:
         """Where this machine reaches it."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host).strip("[]")  # noqa: S104 (looked up, not bound)
-        scheme = "http" if self.tls_cert_path is None else "https"
+        scheme = "https" if self.with_tls else "http"
         return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
 
 

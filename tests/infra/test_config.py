@@ -74,7 +74,7 @@ def test_every_alias_names_a_setting() -> None:
         ("NEMOTRON_GPU_LAYERS", "20"),
         ("NEMOTRON_API_KEY", "key"),
         ("LLAMA_SERVER_PATH", "/opt/llama-server"),
-        ("TLS_MODE", "files"),
+        ("TLS_MODE", "auto"),
         ("TLS_CERT_PATH", "/tls/cert.pem"),
         ("TLS_KEY_PATH", "/tls/key.pem"),
         ("TLS_MIN_VERSION", "1.3"),
@@ -82,7 +82,7 @@ def test_every_alias_names_a_setting() -> None:
 )
 def test_known_names_of_other_services_work(alias: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if alias.startswith("TLS_"):  # files are served whole or not at all
-        for name, other in (("TLS_MODE", "files"), ("TLS_CERT_PATH", "/c.pem"), ("TLS_KEY_PATH", "/k.pem")):
+        for name, other in (("TLS_MODE", "auto"), ("TLS_CERT_PATH", "/c.pem"), ("TLS_KEY_PATH", "/k.pem")):
             monkeypatch.setenv(name, other)
     monkeypatch.setenv(alias, value)
     section, name = ALIASES[alias].split(".")

@@ -1,6 +1,8 @@
 """The sink on the real engine: what goes in comes out, once, and what cannot go in is kept with the reason."""
 
 import asyncio
+import os
+import signal
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -340,9 +342,12 @@ async def test_a_store_that_is_away_names_the_setting():
 
 
 async def test_a_store_that_never_answers_is_given_up_after_the_read_timeout():
+    gone = asyncio.Event()
+
     async def hang(reader, writer):
         await reader.read()
         writer.close()
+        gone.set()
 
     async with await asyncio.start_server(hang, "127.0.0.1") as server:
         port = server.sockets[0].getsockname()[1]
@@ -350,6 +355,7 @@ async def test_a_store_that_never_answers_is_given_up_after_the_read_timeout():
         with pytest.raises(UnavailableError):
             await insert(stage, *frames(0))
         await stage.close()
+        await gone.wait()  # the connection was let go of, too
 
 
 async def test_a_database_that_was_never_migrated_names_the_fix(clickhouse_url):
@@ -418,7 +424,7 @@ async def test_the_engine_killed_inside_inserts_leaves_no_gap_and_no_double(tmp_
     try:
         for _ in range(3):
             await asyncio.sleep(0.4)
-            process.kill()
+            os.kill(process.pid, signal.SIGKILL)
             await process.wait()
             process = Process(spec, tmp_path)
             await process.start()

@@ -18,8 +18,7 @@ from schemas.records import DeadLetter
 from streams import codec
 from streams.kafka import Kafka
 from streams.messages import Incoming
-
-PARTITIONS = 4
+from tests.conftest import PARTITIONS
 
 
 class Road:

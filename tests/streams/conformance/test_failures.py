@@ -1,6 +1,7 @@
 """Processes killed, stopped and cut off, brokers lost: nothing is lost, nothing doubled, everything resumes."""
 
 import asyncio
+import os
 import secrets
 import signal
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from infra.local.broker import Broker
 from streams.admin import ensure_topics
 from streams.kafka import Kafka, KafkaSettings
-from tests.streams.conformance.harness import PARTITIONS, Road, road, until, until_file, worker
+from tests.conftest import PARTITIONS
+from tests.streams.conformance.harness import Road, Worker, road, until, until_file, worker
 from tests.streams.conformance.proxy import DelayingProxy
 from tests.streams.conformance.toys import WINDOW, TableStage
 from tests.streams.conftest import SESSION_MS
@@ -123,15 +125,15 @@ async def test_a_member_joins_while_the_model_hangs_and_another_gets_sigterm(
             await on.until_echoed()
 
 
-async def _committed(workers: list) -> bool:  # type: ignore[type-arg]
+async def _committed(workers: list[Worker]) -> bool:
     return all(any(p["position"] > 0 for p in one.status().get("partitions", {}).values()) for one in workers)
 
 
-async def _owns(one, count: int) -> bool:  # type: ignore[no-untyped-def]
+async def _owns(one: Worker, count: int) -> bool:
     return len(one.status().get("partitions", {})) == count
 
 
-async def _generation_of_two(first, second) -> bool:  # type: ignore[no-untyped-def]
+async def _generation_of_two(first: Worker, second: Worker) -> bool:
     return 0 < first.status().get("generation", -1) == second.status().get("generation", -1)
 
 
@@ -163,8 +165,6 @@ async def _check_windows(on: Road, windows: Road) -> None:
 
 async def _lose(broker: Broker, away: float) -> None:
     """SIGKILL, and a new start after so many seconds."""
-    import os
-
     assert broker.pid is not None
     os.kill(broker.pid, signal.SIGKILL)
     await asyncio.sleep(away + 0.5)

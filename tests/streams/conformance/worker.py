@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from streams import delivery, workers
+from streams import delivery
 from streams.host_faust import FaustHost
 from streams.host_raw import RawHost
 from streams.kafka import Kafka, KafkaSettings
@@ -39,8 +39,9 @@ async def main(settings: dict[str, Any]) -> None:
     kafka = Kafka(KafkaSettings(**settings["kafka"]))
     if "via" in settings:
         go_through(settings["via"], int(kafka.settings.bootstrap_servers.rpartition(":")[2]))
-    delivery.TRANSACTION_TIMEOUT_MS = settings.get("transaction_timeout_ms", delivery.TRANSACTION_TIMEOUT_MS)
-    workers.MAX_POLL_INTERVAL_MS = settings.get("max_poll_interval_ms", workers.MAX_POLL_INTERVAL_MS)
+    if "transaction_timeout_ms" in settings:
+        delivery.TRANSACTION_TIMEOUT_MS = settings["transaction_timeout_ms"]
+        delivery._COMMIT_TIMEOUT_S = settings["transaction_timeout_ms"] / 1000 + 2
     control = Path(settings["control"])
     stage = make(settings["stage"], settings["source"], settings["target"], control)
     stop = asyncio.Event()

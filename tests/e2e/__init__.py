@@ -1,0 +1,1 @@
+"""Everything together, as a person starts it, and killed."""
