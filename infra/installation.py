@@ -19,7 +19,9 @@ from infra.local.llama import LlamaSettings
 from infra.local.process import ProcessSpec
 from infra.local.stack import LocalStack
 from processors.sink.store import ClickHouseStore
+from schemas import prompts
 from streams.admin import ensure_topics
+from streams.control import Prompts
 from streams.kafka import Kafka
 from streams.liveness import STALL_S
 
@@ -61,7 +63,9 @@ class Installation:
 
     async def prepare(self) -> None:
         """Topics and tables as this version has them; safe to repeat."""
-        await ensure_topics(Kafka(self.settings.kafka))
+        kafka = Kafka(self.settings.kafka)
+        await ensure_topics(kafka)
+        await Prompts(kafka).register(prompts.default(), "the version that comes with the product")
         store = ClickHouseStore(self.settings.clickhouse)
         try:
             await store.migrate()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from infra.config import Settings
 from streams.admin import ensure_topics, epochs_of
 from streams.claims import ClaimStore
-from streams.control import Cameras
+from streams.control import Cameras, Prompts
 from streams.kafka import Kafka
 from streams.stages import Stage
 
@@ -56,7 +56,9 @@ async def run(settings: Settings, name: str, stop: asyncio.Event, status: Path) 
     metas = await ensure_topics(kafka)
     async with AsyncExitStack() as stack:
         known = cameras(settings, kafka)
+        prompts = Prompts(kafka)
         await stack.enter_async_context(known.table.following())
+        await stack.enter_async_context(prompts.table.following())
         if name == "ingest":
             from processors.ingest.service import run as run_ingest
 
@@ -64,11 +66,11 @@ async def run(settings: Settings, name: str, stop: asyncio.Event, status: Path) 
             epoch = metas["frames"].epoch
             await run_ingest(kafka, settings.ingest, known, claims, stop, epoch=epoch, status=status)
             return
-        stage = build(settings, name, known)
+        stage = build(settings, name, known, prompts)
         await _host(getattr(settings.stages, name).host)(kafka, stage, epochs=epochs_of(metas), status=status).run(stop)
 
 
-def build(settings: Settings, name: str, known: Cameras) -> Stage:
+def build(settings: Settings, name: str, known: Cameras, prompts: Prompts) -> Stage:
     """The stage of that name, with the parts that the settings choose."""
     if name == "detect":
         from processors.detect.stage import DetectStage
@@ -85,7 +87,12 @@ def build(settings: Settings, name: str, known: Cameras) -> Stage:
     if name == "analyze":
         from processors.analyze.stage import build as build_analyze
 
-        return build_analyze(settings.llm, weights=analyst(settings), conditions=conditions(settings))
+        return build_analyze(
+            settings.llm,
+            prompt_of=prompts.of,
+            weights=analyst(settings),
+            conditions=conditions(settings),
+        )
     if name == "sink":
         from processors.sink.stage import build as build_sink
 

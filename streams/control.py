@@ -6,6 +6,7 @@ before its stage sees the first record, then keeps up with them.
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,9 +16,12 @@ import structlog
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from schemas.records import Camera, Record, WindowSettings
+from schemas import prompts
+from schemas.prompts import PromptError, PromptVersion
+from schemas.records import Camera, PromptRecord, Record, WindowSettings
 from streams import codec
 from streams.delivery import FencedProducer
+from streams.errors import FencedError, UnavailableError
 from streams.kafka import Kafka, incoming
 from streams.messages import Incoming
 from streams.topics import TOPICS
@@ -25,6 +29,9 @@ from streams.topics import TOPICS
 log = structlog.get_logger(__name__)
 
 R = TypeVar("R", bound=Record)
+
+# A write holds its fence for some 200 ms: ten tries with jitter let a dozen simultaneous writers through.
+_WRITE_ATTEMPTS = 10
 
 
 class ControlTable(Generic[R]):
@@ -53,15 +60,26 @@ class ControlTable(Generic[R]):
             self._take(record)
 
     async def append(self, record: R) -> None:
-        """Append a record and take it, after it was committed. Writers take turns by fencing one another."""
-        producer = FencedProducer(self._kafka, self._kafka.transactional_id("control", self._tp.topic))
-        await producer.open()
-        try:
-            emit = codec.emit(self._tp.topic, record, 0)
-            await producer.transact([emit])
-        finally:
-            await producer.close()
-        self._latest[emit.key.decode()] = record
+        """Append a record, then read to the end, so that what holds here is what holds for everyone.
+
+        Raises:
+            FencedError: other writers were in the way again and again.
+            UncertainError: whether it was appended is unknown; appending it again is harmless.
+        """
+        for attempt in range(_WRITE_ATTEMPTS):
+            # Writers take turns by fencing one another; whoever was fenced tries again.
+            producer = FencedProducer(self._kafka, self._kafka.transactional_id("control", self._tp.topic))
+            try:
+                await producer.open()
+                await producer.transact([codec.emit(self._tp.topic, record, 0)])
+                break
+            except FencedError:
+                if attempt == _WRITE_ATTEMPTS - 1:
+                    raise
+                await asyncio.sleep(random.uniform(0.05, 0.3))
+            finally:
+                await producer.close()
+        await self.load()
 
     @asynccontextmanager
     async def following(self) -> AsyncIterator["ControlTable[R]"]:
@@ -138,3 +156,52 @@ class Cameras:
             )
             await self.table.append(camera)
         return camera
+
+
+class Prompts:
+    """The folded `prompts` topic: immutable versions, and which of them judges a camera."""
+
+    def __init__(self, kafka: Kafka, clock: Callable[[], float] = time.time) -> None:
+        self.table = ControlTable(kafka, "prompts", PromptRecord)
+        self._clock = clock
+        self._made: dict[str, PromptVersion] = {}
+
+    def of(self, camera_id: str) -> PromptVersion:
+        """The version that is active for the camera: its own, else everyone's, else the one in the tree.
+
+        Raises:
+            UnavailableError: a pointer names a version that is not there or cannot be used (waiting on `settings`):
+                judging by another prompt than the one that was asked for would be a verdict nobody ordered.
+        """
+        pointer = self.table.get(f"active/{camera_id}") or self.table.get("active/default")
+        if pointer is None:
+            return prompts.default()
+        if pointer.digest not in self._made:
+            record = self.table.get(f"version/{pointer.digest}")
+            if record is None:
+                raise UnavailableError("settings", f"prompt version {pointer.digest} is active but not in `prompts`")
+            try:
+                self._made[pointer.digest] = PromptVersion.from_record(record)
+            except PromptError as error:
+                raise UnavailableError("settings", str(error)) from error
+        return self._made[pointer.digest]
+
+    async def register(self, version: PromptVersion, comment: str) -> None:
+        """Put a version on the log where it is not there; make it everyone's where nobody has chosen yet."""
+        await self.table.load()
+        now = int(self._clock() * 1000)
+        if self.table.get(f"version/{version.digest}") is None:
+            await self.table.append(version.to_record(now, comment))
+        if self.table.get("active/default") is None:
+            pointer = PromptRecord(
+                kind="active",
+                digest=version.digest,
+                scope="default",
+                name="",
+                template="",
+                output_schema="",
+                parameters="",
+                comment=comment,
+                created_at=now,
+            )
+            await self.table.append(pointer)

@@ -1,7 +1,8 @@
 """The real ClickHouse engine for tests: one process for all, a database of its own, migrated, for each test."""
 
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, closing
 
 import clickhouse_connect
 import httpx
@@ -72,7 +73,19 @@ class Reader:
 
 
 @pytest.fixture
-def ask(database: ClickHouseSettings) -> Iterator[Reader]:
-    reader = Reader(database)
-    yield reader
-    reader.client.close()
+def reading() -> Iterator[Callable[[ClickHouseSettings], Reader]]:
+    """Makes readers, and closes them."""
+    with ExitStack() as stack:
+
+        def read(settings: ClickHouseSettings) -> Reader:
+            reader = Reader(settings)
+            stack.enter_context(closing(reader.client))
+            return reader
+
+        yield read
+
+
+@pytest.fixture
+def ask(database: ClickHouseSettings, reading: Callable[[ClickHouseSettings], Reader]) -> Reader:
+    """Asks the test's database."""
+    return reading(database)

@@ -165,7 +165,9 @@ def changed(camera: Camera, change: Change, settings: Settings, now_ms: int) -> 
     except ValidationError as error:
         raise ChangeError(
             "; ".join(
-                ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))))
+                ": ".join(
+                    filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")))
+                )
                 for problem in error.errors()
             )
         ) from None

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import RTDetrImageProcessor, RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
 
 from infra.models.actors import CLASSES
-from infra.models.measure import Found, Scores, measure
 from infra.models.calibrate import CALIBRATION_SEED, calibrate
+from infra.models.measure import Found, Scores, measure
 from infra.models.renders import HELD_OUT_SEED, INPUT, Renders, corners, load
 
 _BATCH = 8

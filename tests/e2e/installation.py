@@ -24,9 +24,11 @@ from infra.installation import Installation
 from infra.local.process import free_port
 from infra.models.scene import View, render
 from infra.models.stories import DEFAULT_SEED, STORIES, cast
+from processors.batch.stage import build as build_batch
 from schemas import ids
 from schemas.records import Batch, Context, Detections, Frame, RiskEvent
 from streams import codec
+from streams.admin import read_meta
 from streams.kafka import Kafka
 from streams.messages import Incoming, Tick
 from streams.topics import STORED, TOPICS, partition_of
@@ -185,6 +187,17 @@ class Audit:
         for topic in ("frames", "detections"):
             found += self._order(topic)
         return found
+
+    async def violations_of_replay(self) -> list[str]:
+        """The log's detections and ticks, fed to a new batch core, make the very batches that the log has."""
+        stage = build_batch(self._settings.windows.record(), lambda _: None)
+        epoch = (await read_meta(self._kafka))["detections"].epoch
+        made = []
+        for number in range(PARTITIONS):
+            fold = stage.open(number, epoch, [])
+            for record in await self._kafka.read([TopicPartition("detections", number)], epoch=epoch):
+                made += [emit.value for emit in fold.feed(record)]
+        return _same("replayed batch", [str(value) for value in made], [str(r.value) for r in self.records["batches"]])
 
     def _order(self, topic: str) -> list[str]:
         """Cameras uploaded one frame after another, so their capture times rise along the log."""

@@ -5,7 +5,8 @@ import pytest
 from processors.sink.store import ClickHouseStore
 from schemas.migrations import Migration, MigrationError, migrations, pending, split
 from streams.topics import STORED, TOPICS
-from tests.clickhouse_kit import ask, clickhouse_url, database, store  # noqa: F401 (fixtures)
+
+pytest_plugins = ["tests.clickhouse_kit"]
 
 POSITION = {"epoch", "partition", "offset", "inserted_at"}
 
@@ -40,7 +41,7 @@ def test_pending_is_what_the_database_lacks():
 
 
 def test_a_file_changed_after_it_was_applied_is_an_error_that_names_it():
-    with pytest.raises(MigrationError, match="000_a.sql was changed after it was applied"):
+    with pytest.raises(MigrationError, match=r"000_a\.sql was changed after it was applied"):
         pending([Migration(0, "a", "SELECT 1")], {0: Migration(0, "a", "SELECT 2").sha256})
 
 
@@ -50,7 +51,7 @@ def test_a_database_newer_than_this_version_is_an_error():
 
 
 @pytest.mark.real
-async def test_every_statement_can_be_repeated(database, ask):
+async def test_every_statement_can_be_repeated(ask):
     for migration in migrations():
         for statement in migration.statements:
             ask.command(statement)
@@ -79,7 +80,7 @@ async def test_a_crash_inside_a_migration_is_mended_by_migrating_again(database,
 @pytest.mark.real
 async def test_a_changed_migration_is_refused_by_the_store(store, ask):
     ask.command("INSERT INTO schema_migrations (version, name, sha256) VALUES (1, 'log', 'other')")
-    with pytest.raises(MigrationError, match="001_log.sql was changed"):
+    with pytest.raises(MigrationError, match=r"001_log\.sql was changed"):
         await store.migrate()
 
 
