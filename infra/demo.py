@@ -12,10 +12,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
+from infra.cli import output
 from infra.cli.show import collect
 from infra.config import Settings
 from infra.installation import Installation
@@ -27,13 +30,18 @@ from streams.topics import partition_of
 
 # Everything is on this machine, so a drain takes seconds; this bounds a demo whose machine is overwhelmed.
 _DRAIN_S = 300.0
-_COLOURS = {"low": "green", "medium": "yellow", "high": "red", "critical": "bold white on red"}
+# Enough of an id to be unique here, and short enough to type: `rewatch explain` takes a prefix.
+_ID_PREFIX = 8
 
 TRY = (
     "SELECT camera_id, risk_level, count() AS events FROM events GROUP BY ALL ORDER BY events DESC",
     "SELECT hour, camera_id, frames, windows FROM camera_activity ORDER BY hour, camera_id",
     "SELECT topic, records, last_at FROM pipeline_lag ORDER BY topic",
 )
+
+
+# A demo makes some 15 events; this is a month of demos.
+_MANY = 1000
 
 
 class DemoError(RuntimeError):
@@ -46,7 +54,7 @@ async def run_demo(settings: Settings, config: Path | None, stop: asyncio.Event)
     Raises:
         DemoError: not every frame came out at the other end.
     """
-    console = Console()
+    console = output.console()
     began = time.monotonic()
     seconds: dict[str, float] = {"install": _install_seconds()}
     console.print("[bold]rewatch demo[/bold]: three cameras, one day, everything on this machine")
@@ -125,19 +133,17 @@ async def _play(settings: Settings, footage: Footage) -> None:
 
 async def _watch(settings: Settings, console: Console, began: float, seconds: dict[str, float]) -> None:
     """Print each event as it arrives in ClickHouse."""
-    seen: set[str] = set()
     async with aclosing(Queries(settings.clickhouse)) as queries:
+        seen = {event["event_id"] for event in await queries.events(limit=_MANY)}
         while True:
-            for event in await queries.events(limit=1000):
+            for event in reversed(await queries.events(limit=_MANY)):
                 if event["event_id"] not in seen:
                     seen.add(event["event_id"])
                     seconds.setdefault("first_event", time.monotonic() - began)
-                    colour = _COLOURS[event["risk_level"]]
-                    console.print(
-                        f"{event['started_at']:%H:%M:%S} {event['camera_id']:<12} "
-                        f"[{colour}]{event['risk_level']:<8} {event['risk_score']:>3}[/]  {event['summary']}",
-                        highlight=False,
-                    )
+                    level = output.level_text(event["risk_level"], event["risk_score"])
+                    level.pad_right(12 - len(level))
+                    line = Text(f"{event['started_at']:%H:%M:%S}  {event['camera_id']:<12}")
+                    console.print(line.append_text(level).append(f"  {event['summary']}"), soft_wrap=True)
             await asyncio.sleep(0.5)
 
 
@@ -152,7 +158,7 @@ async def _drained(settings: Settings, console: Console, frames: int) -> dict[st
                 return state
             if time.monotonic() > deadline:
                 raise DemoError(f"after {_DRAIN_S:.0f} s of waiting for {frames} frames: {'; '.join(missing)}")
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(1)
 
 
 def _missing(state: dict[str, Any]) -> list[str]:
@@ -177,25 +183,39 @@ def _missing(state: dict[str, Any]) -> list[str]:
 
 async def _finish(settings: Settings, console: Console) -> None:
     async with aclosing(Queries(settings.clickhouse)) as queries:
-        table = Table("when", "camera", "risk", "what", title="the riskiest events")
-        for event in await queries.events(limit=5, order="risk"):
-            colour = _COLOURS[event["risk_level"]]
+        riskiest = await queries.events(limit=5, order="risk")
+        table = Table("when", "camera", "risk", "what", "event", title="the riskiest events", box=box.SIMPLE)
+        for event in riskiest:
             table.add_row(
                 f"{event['started_at']:%Y-%m-%d %H:%M}",
                 event["camera_id"],
-                f"[{colour}]{event['risk_score']} {event['risk_level']}[/]",
-                f"{event['summary']} [dim]{event['event_id']}[/dim]",
+                output.level_text(event["risk_level"], event["risk_score"]),
+                Text(event["summary"]),
+                Text(_short(event["event_id"])),
             )
         console.print(table)
     state = await collect(settings)
-    counts = Table("topic", "records", "in ClickHouse", title="every topic")
+    counts = Table(
+        "topic",
+        Column("records", justify="right"),
+        Column("in ClickHouse", justify="right"),
+        title="every topic",
+        box=box.SIMPLE,
+    )
     for topic in state["topics"]:
         if topic["records"]:
             counts.add_row(topic["topic"], str(topic["records"]), str(topic["in_clickhouse"]))
     console.print(counts)
     console.print("[bold]try[/bold], with `rewatch up` running:")
     for query in TRY:
-        console.print(f'  .venv/bin/rewatch sql "{query}"', highlight=False)
+        console.print(f'  .venv/bin/rewatch sql "{query}"', soft_wrap=True)
+    if riskiest:
+        console.print(f"  .venv/bin/rewatch explain {_short(riskiest[0]['event_id'])}", soft_wrap=True)
+
+
+def _short(event_id: str) -> str:
+    camera, name, *_ = event_id.split(":")
+    return f"{camera}:{name[:_ID_PREFIX]}"
 
 
 def _install_seconds() -> float:

@@ -97,7 +97,7 @@ class _Optimizers:
             optimizer.step()
 
 
-def train(out: Path, minutes: float, seed: int = 0) -> None:
+def train(out: Path, minutes: float, seed: int = 0, peak: float = 1.0) -> None:
     """Trains for `minutes` of wall time, from nothing or from the checkpoint in `out`."""
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def train(out: Path, minutes: float, seed: int = 0) -> None:
         tokens, targets = batch(tokenizer, _TOKENIZER_SAMPLES + step * _BATCH, _BATCH)
         with torch.autocast("cpu", torch.bfloat16):  # 1.5 times the speed where AVX-512 has bf16
             loss = loss_of(model, tokens, targets)
-        optimizers.step(loss, model, rate)
+        optimizers.step(loss, model, peak * rate)
         step += 1
         mean = loss.item() if step == first_step + 1 else 0.95 * mean + 0.05 * loss.item()
         if not math.isfinite(mean):
@@ -148,9 +148,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="wall time to train for")
     parser.add_argument("--out", type=Path, default=Path(".rewatch/train"), help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
+    peak_help = "share of the full learning rate; below 1 to continue a finished run without undoing its annealing"
+    parser.add_argument("--peak", type=float, default=1.0, help=peak_help)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train(args.out, args.minutes, args.seed)
+    train(args.out, args.minutes, args.seed, args.peak)
 
 
 if __name__ == "__main__":

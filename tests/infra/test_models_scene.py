@@ -66,10 +66,11 @@ def test_nearer_is_larger():
     assert (near.y1 - near.y0) == pytest.approx(2 * (far.y1 - far.y0), rel=0.1)
 
 
-def test_what_stands_behind_a_truck_has_no_box():
+@pytest.mark.parametrize(("u", "labels"), [(0.45, ["truck"]), (0.272, ["truck"]), (0.24, ["person", "truck"])])
+def test_who_is_mostly_hidden_by_a_truck_has_no_box(u: float, labels: list[str]):
     truck = Placed(Actor("truck", 1), 0.5, 0.5)
-    labels = [b.label for b in render(View("street", 2), [_person(0.45, 0.4), truck], CLEAR)[1]]
-    assert labels == ["truck"]
+    boxes = render(View("street", 2), [_person(u, 0.4), truck], CLEAR)[1]
+    assert [b.label for b in boxes] == labels
 
 
 @pytest.mark.parametrize("kind", KINDS)
