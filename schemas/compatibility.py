@@ -29,9 +29,7 @@ def problems() -> list[str]:
             for reader, writer, says in ((now, then, "read"), (then, now, "be read by")):
                 result = ReaderWriterCompatibilityChecker().get_compatibility(reader, writer)
                 if result.compatibility is not SchemaCompatibilityType.compatible:
-                    found.append(
-                        f"{topic}: the current schema cannot {says} version {number}: {result.messages}"
-                    )
+                    found.append(f"{topic}: the current schema cannot {says} version {number}: {result.messages}")
     return found
 
 

@@ -19,8 +19,8 @@ from transformers import RTDetrImageProcessor, RTDetrResNetConfig, RTDetrV2Confi
 
 from infra.models.actors import CLASSES
 from infra.models.calibrate import CALIBRATION_SEED, calibrate
-from infra.models.measure import Found, Scores, measure
-from infra.models.renders import HELD_OUT_SEED, INPUT, Renders, corners, load
+from infra.models.measure_detector import evaluate
+from infra.models.renders import HELD_OUT_SEED, INPUT, Renders, load
 
 _BATCH = 8
 _RATE = 5e-4
@@ -117,24 +117,6 @@ def _shares(data: Renders) -> Any:
     # An empty scene counts like the commonest class: it teaches what is nothing.
     shares = np.array([rarity[labels].mean() if len(labels) else rarity.min() for labels in data.labels])
     return shares / shares.sum()
-
-
-@torch.no_grad()
-def evaluate(model: Any, data: Renders) -> Scores:
-    """Measures a model on rendered scenes that it was not trained on."""
-    model.eval()
-    found, truth = [], []
-    for start in range(0, len(data.labels), 20):
-        pixels = torch.from_numpy(data.images[start : start + 20].copy()).permute(0, 3, 1, 2).float() / 255
-        out = model(pixel_values=pixels)
-        scores, labels = out.logits.sigmoid().max(-1)
-        for k in range(len(pixels)):
-            box = corners(out.pred_boxes[k].numpy())
-            found.append(Found(labels[k].numpy(), scores[k].numpy(), box))
-            i = start + k
-            kept = data.labels[i]
-            truth.append(Found(kept, np.ones(len(kept), np.float32), corners(data.boxes[i])))
-    return measure(found, truth)
 
 
 def _average(mean: nn.Module, model: nn.Module, step: int) -> None:

@@ -152,12 +152,16 @@ def listen(settings: UploadSettings) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=512)
+        listener = socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=512)
     except OSError as error:
         raise SettingsError(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
             "set ingest.upload.port (REWATCH_INGEST__UPLOAD__PORT) to a free one",
         ) from error
+    # Connections inherit it. asyncio does not set it on those of a listener that it did not make, and each answer
+    # on a kept connection would wait 40 ms for an acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 async def run(
