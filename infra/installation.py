@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import time
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,20 +45,19 @@ class Installation:
                 if not local
             ],
         )
-        self._exit = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        await self._exit.enter_async_context(self.stack)
+        # Stages bear any start order: they wait for what is not there yet, topics, tables and models included.
+        await self.stack.start(*self._specs())
         try:
             await self.prepare()
-            await self.stack.supervisor.add(*self._specs())
         except BaseException:
-            await self._exit.aclose()
+            await self.stack.stop()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._exit.aclose()
+        await self.stack.stop()
 
     async def prepare(self) -> None:
         """Topics and tables as this version has them; safe to repeat."""
@@ -89,6 +87,7 @@ class Installation:
             argv=[sys.executable, "-m", "infra.worker", stage, "--status", str(status), *config],
             env={"PYTHONUNBUFFERED": "1"},
             needs=tuple(need for need, local in needs.items() if local),
+            patient=True,
             ready=lambda: _ready(self.settings, stage, status),
             stalled=None if stage == "ingest" else (lambda: _stalled(status)),
             cleanup=lambda: status.unlink(missing_ok=True),

@@ -9,7 +9,11 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
+from aiokafka.errors import KafkaError
+
 from infra.config import Settings
+from schemas.records import TopicMeta
 from streams.admin import ensure_topics, epochs_of
 from streams.claims import ClaimStore
 from streams.control import Cameras, Prompts
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from processors.detect.detector import Detector
     from streams.host_faust import FaustHost
     from streams.host_raw import RawHost
+
+log = structlog.get_logger(__name__)
 
 STAGES = ("detect", "batch", "enrich", "analyze", "sink")
 """The stages with an input partition, in the order of the road."""
@@ -53,21 +59,35 @@ async def run(settings: Settings, name: str, stop: asyncio.Event, status: Path) 
         ModelError: a model cannot be loaded.
     """
     kafka = Kafka(settings.kafka)
-    metas = await ensure_topics(kafka)
+    known, prompts = cameras(settings, kafka), Prompts(kafka)
+    # Importing and loading a model takes seconds, and so may the broker: neither waits for the other.
+    building = (
+        None if name == "ingest" else asyncio.create_task(asyncio.to_thread(build, settings, name, known, prompts))
+    )
+    metas = await _topics(kafka, stop)
     async with AsyncExitStack() as stack:
-        known = cameras(settings, kafka)
-        prompts = Prompts(kafka)
         await stack.enter_async_context(known.table.following())
         await stack.enter_async_context(prompts.table.following())
-        if name == "ingest":
+        if building is None:
             from processors.ingest.service import run as run_ingest
 
             claims = ClaimStore(settings.images_root)
             epoch = metas["frames"].epoch
             await run_ingest(kafka, settings.ingest, known, claims, stop, epoch=epoch, status=status)
             return
-        stage = build(settings, name, known, prompts)
+        stage = await building
         await _host(getattr(settings.stages, name).host)(kafka, stage, epochs=epochs_of(metas), status=status).run(stop)
+
+
+async def _topics(kafka: Kafka, stop: asyncio.Event) -> dict[str, TopicMeta]:
+    """The topics' meta records, as soon as the broker answers."""
+    while not stop.is_set():
+        try:
+            return await ensure_topics(kafka)
+        except (KafkaError, OSError, TimeoutError) as error:
+            log.warning("waiting", on="broker", why=str(error))
+            await asyncio.sleep(0.5)
+    raise SystemExit(0)  # asked to stop before there was anything to stop
 
 
 def build(settings: Settings, name: str, known: Cameras, prompts: Prompts) -> Stage:

@@ -8,8 +8,9 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import msgspec
 import structlog
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -36,55 +37,60 @@ async def ensure_topics(kafka: Kafka) -> dict[str, TopicMeta]:
         TopicsError: a topic has another partition count than `kafka.partitions`.
         KafkaError: the broker is away.
     """
-    while True:
-        try:
-            return await _ensure_topics(kafka)
-        except (FencedError, UncertainError) as error:  # another creator came after us: its work is read next
-            log.info("creating topics again", why=str(error))
-            await asyncio.sleep(random.uniform(0.2, 1.0))
-
-
-async def _ensure_topics(kafka: Kafka) -> dict[str, TopicMeta]:
     async with kafka.admin() as admin:
-        await _create(admin, kafka, TOPICS["meta"])
-        # The fence makes creators take turns; what the one before us wrote is read after it.
-        producer = FencedProducer(kafka, kafka.transactional_id("topics"))
-        await producer.open()
-        try:
-            metas = await read_meta(kafka)
-            existing = await _partition_counts(admin)
-            for topic in TOPICS.values():
-                count = _count(kafka, topic)
-                meta = metas.get(topic.name)
-                if existing.get(topic.name, count) != count:
-                    raise TopicsError(
-                        f"topic {topic.name} has {existing[topic.name]} partitions, kafka.partitions says {count}: "
-                        "the count is fixed at creation, because it decides where a camera lives; set it back",
-                    )
-                if topic.name in existing and meta is not None and meta.status == "ready":
-                    continue
-                if meta is None or meta.status == "ready":
-                    meta = TopicMeta(
-                        topic=topic.name,
-                        epoch=secrets.token_hex(4),
-                        status="creating",
-                        partitions=count,
-                        created_at=int(time.time() * 1000),
-                    )
-                    await producer.transact([codec.emit("meta", meta, 0)])
-                await _create(admin, kafka, topic)
-                metas[topic.name] = TopicMeta(
-                    topic=meta.topic,
-                    epoch=meta.epoch,
-                    status="ready",
-                    partitions=count,
-                    created_at=meta.created_at,
-                )
-                await producer.transact([codec.emit("meta", metas[topic.name], 0)])
-                log.info("topic ready", topic=topic.name, epoch=meta.epoch, partitions=count)
-        finally:
-            await producer.close()
+        metas, missing = await _look(admin, kafka)
+        while missing:
+            try:
+                await _create_missing(admin, kafka)
+            except (FencedError, UncertainError) as error:  # another creator came after us: its work is read next
+                log.info("creating topics again", why=str(error))
+                await asyncio.sleep(random.uniform(0.2, 1.0))
+            metas, missing = await _look(admin, kafka)
     return metas
+
+
+async def _look(admin: AIOKafkaAdminClient, kafka: Kafka) -> tuple[dict[str, TopicMeta], list[Topic]]:
+    """Each topic's meta record, and the topics that are not there and ready."""
+    existing = await _partition_counts(admin)
+    for name, count in existing.items():
+        if count != _count(kafka, TOPICS[name]):
+            raise TopicsError(
+                f"topic {name} has {count} partitions, kafka.partitions says {_count(kafka, TOPICS[name])}: "
+                "the count is fixed at creation, because it decides where a camera lives; set it back",
+            )
+    metas = await read_meta(kafka) if "meta" in existing else {}
+    ready = {name for name, meta in metas.items() if meta.status == "ready" and name in existing}
+    return metas, [topic for topic in TOPICS.values() if topic.name not in ready]
+
+
+async def _create_missing(admin: AIOKafkaAdminClient, kafka: Kafka) -> None:
+    """Write each epoch down before its topic is made, and that it is ready after."""
+    await _create(admin, kafka, [TOPICS["meta"]])
+    # The fence makes creators take turns; what the one before us wrote is read after it.
+    producer = FencedProducer(kafka, kafka.transactional_id("topics"))
+    try:
+        await producer.open()
+        metas, missing = await _look(admin, kafka)
+        new: list[TopicMeta] = []
+        for topic in missing:
+            meta = metas.get(topic.name)
+            if meta is None or meta.status == "ready":  # never made, or vanished since: a new life
+                meta = TopicMeta(
+                    topic=topic.name,
+                    epoch=secrets.token_hex(4),
+                    status="creating",
+                    partitions=_count(kafka, topic),
+                    created_at=int(time.time() * 1000),
+                )
+            new.append(meta)
+        await producer.transact([codec.emit("meta", meta, 0) for meta in new])
+        await _create(admin, kafka, missing)
+        ready = [msgspec.structs.replace(meta, status="ready") for meta in new]
+        await producer.transact([codec.emit("meta", meta, 0) for meta in ready])
+        for meta in ready:
+            log.info("topic ready", topic=meta.topic, epoch=meta.epoch, partitions=meta.partitions)
+    finally:
+        await producer.close()
 
 
 async def read_meta(kafka: Kafka) -> dict[str, TopicMeta]:
@@ -108,7 +114,15 @@ async def _partition_counts(admin: AIOKafkaAdminClient) -> dict[str, int]:
     return {found["topic"]: len(found["partitions"]) for found in await admin.describe_topics(names)} if names else {}
 
 
-async def _create(admin: AIOKafkaAdminClient, kafka: Kafka, topic: Topic) -> None:
+async def _create(admin: AIOKafkaAdminClient, kafka: Kafka, topics: Sequence[Topic]) -> None:
+    response = await admin.create_topics([_new(kafka, topic) for topic in topics])
+    for name, code, *_ in response.topic_errors:
+        error = for_code(code)
+        if code and error is not TopicAlreadyExistsError:
+            raise KafkaError(f"cannot create topic {name}: {error.__name__}")
+
+
+def _new(kafka: Kafka, topic: Topic) -> NewTopic:
     configs = {
         "cleanup.policy": "compact" if topic.compacted else "delete",
         "retention.ms": str(topic.retention_ms),
@@ -118,9 +132,4 @@ async def _create(admin: AIOKafkaAdminClient, kafka: Kafka, topic: Topic) -> Non
         # The segment that is written to is never compacted, and an owner reads its state whole at each takeover:
         # with the default of 1 GB that would be a long read.
         configs |= {"segment.bytes": str(16 * 1024 * 1024), "min.cleanable.dirty.ratio": "0.1"}
-    new = NewTopic(topic.name, _count(kafka, topic), kafka.settings.replication_factor, topic_configs=configs)
-    response = await admin.create_topics([new])
-    for name, code, *_ in response.topic_errors:
-        error = for_code(code)
-        if code and error is not TopicAlreadyExistsError:
-            raise KafkaError(f"cannot create topic {name}: {error.__name__}")
+    return NewTopic(topic.name, _count(kafka, topic), kafka.settings.replication_factor, topic_configs=configs)

@@ -33,7 +33,8 @@ class ProcessSpec:
         name: Unique among its siblings; names the log file.
         argv: The command. `-m module` commands want `sys.executable` first.
         env: Added to this process's own environment.
-        needs: Names of processes that must be ready before this one starts.
+        needs: Names of processes that must be ready before this one starts, and that stop after it.
+        patient: It starts beside what it needs, and waits for it by itself.
         prepare: Awaited before every start (a port check, a format); what it raises stops the start.
         ready: Polled after the start until it answers True; None means ready at once.
         stalled: Asked now and then while it runs; a text is an unexplained stall and restarts the process.
@@ -47,6 +48,7 @@ class ProcessSpec:
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    patient: bool = False
     prepare: Callable[[], Awaitable[None]] | None = None
     ready: Callable[[], Awaitable[bool]] | None = None
     stalled: Callable[[], Awaitable[str | None]] | None = None

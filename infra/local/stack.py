@@ -66,8 +66,8 @@ class LocalStack:
             raise ValueError("this stack was made without an LLM server")
         return self._llama.url
 
-    async def start(self) -> None:
-        """Start the servers side by side; returns when all answer.
+    async def start(self, *more: ProcessSpec) -> None:
+        """Start the servers, and whatever else, side by side; returns when all answer.
 
         Raises:
             AlreadyRunningError: This data directory is in use; the error carries what runs there.
@@ -75,7 +75,7 @@ class LocalStack:
         """
         await self.supervisor.start()
         try:
-            await self.supervisor.add(*(await self._specs()))
+            await self.supervisor.add(*(await self._specs()), *more)
         except BaseException:
             await self.stop()
             raise

@@ -227,7 +227,7 @@ class Supervisor:
 
     async def _supervise(self, child: _Child) -> None:
         """One child's life, until it is given up or `_stop_child` cancels this."""
-        for need in child.spec.needs:
+        for need in () if child.spec.patient else child.spec.needs:
             await self._children[need].ready.wait()
         failures = 0
         while True:

@@ -1,9 +1,10 @@
-"""Makes the detector's scores probabilities, by Platt scaling folded into its last layer.
+"""Sets the detector's working points: after this, 0.5 is every class's best threshold.
 
-RT-DETR's loss teaches scores that follow the box's overlap and stay far below one for classes still being learned,
-so that one threshold for all classes would drop most cats while it keeps doubtful persons. Per class, two numbers
-(scale and shift of the logit) are fitted on scenes of their own; the order of a class's detections, and so its
-average precision, stays as it was. Platt, "Probabilistic outputs for support vector machines", 1999.
+RT-DETR's loss teaches scores that follow a box's overlap and stay far below one for classes that are harder to
+learn, so that one threshold for all classes would drop most dogs while it keeps doubtful persons. Per class, the
+logit gets a scale (Platt's: odds of being right) and a shift (the threshold with the best F1 becomes 0.5), fitted on
+scenes of their own and folded into the last layer. The order of a class's detections, and so its average precision,
+stays as it was.
 """
 
 from typing import Any
@@ -15,48 +16,52 @@ from scipy.optimize import minimize
 
 from infra.models.actors import CLASSES
 from infra.models.measure import Found, matches
-from infra.models.renders import Renders, corners
+from infra.models.measure_detector import detections
+from infra.models.renders import Renders, truth
 
 #: Seeds of the calibration scenes: neither trained on nor measured on.
 CALIBRATION_SEED = 1_500_000_000
-#: Scales are held near one, lest a class with few examples gets a wild curve.
-_PRIOR = 1.0
 
 
-def fit(logits: NDArray[np.float64], right: NDArray[np.bool_]) -> tuple[float, float]:
-    """Scale and shift that turn logits (n,) into log odds of being `right` (n,), by maximum likelihood."""
+def platt_scale(logits: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
+    """The factor that makes logits (n,) into log odds of being `right` (n,), by maximum likelihood.
+
+    Platt, "Probabilistic outputs for support vector machines", 1999; his targets keep a class with few examples
+    from a wild curve.
+    """
+    hits = int(right.sum())
+    target = np.where(right, (hits + 1) / (hits + 2), 1 / (len(right) - hits + 2))
 
     def cost(parameters: NDArray[np.float64]) -> float:
-        scale, shift = parameters
-        odds = scale * logits + shift
-        loss = np.logaddexp(0, np.where(right, -odds, odds)).sum()
-        return float(loss + _PRIOR * (scale - 1) ** 2)
+        odds = parameters[0] * logits + parameters[1]
+        return float((np.logaddexp(0, odds) - target * odds).sum())
 
-    scale, shift = minimize(cost, np.array([1.0, 0.0]), method="Nelder-Mead").x
-    return float(max(scale, 0.1)), float(shift)
+    return float(np.clip(minimize(cost, np.array([1.0, 0.0]), method="Nelder-Mead").x[0], 0.5, 3.0))
+
+
+def best_threshold(logits: NDArray[np.float64], right: NDArray[np.bool_], objects: int) -> float:
+    """The logit from which on keeping detections gives the best F1 of precision and recall."""
+    order = np.argsort(-logits, kind="stable")
+    hits = right[order].cumsum()
+    best = int((2 * hits / (np.arange(1, len(hits) + 1) + objects)).argmax())
+    # Half way to the next detection, so that the last one kept is not kept by a rounding.
+    return float(logits[order][best : best + 2].mean())
 
 
 @torch.no_grad()
 def calibrate(model: Any, data: Renders) -> None:
-    """Rescales the class logits of `model` in place, so that on `data` a score is the share of right boxes."""
-    model.eval()
-    logits: list[list[NDArray[np.float64]]] = [[] for _ in CLASSES]
-    right: list[list[NDArray[np.bool_]]] = [[] for _ in CLASSES]
-    for start in range(0, len(data.labels), 20):
-        pixels = torch.from_numpy(data.images[start : start + 20].copy()).permute(0, 3, 1, 2).float() / 255
-        out = model(pixel_values=pixels)
-        for k in range(len(pixels)):
-            i = start + k
-            truth = Found(data.labels[i], np.ones(len(data.labels[i]), np.float32), corners(data.boxes[i]))
-            boxes = corners(out.pred_boxes[k].numpy())
-            for label in range(len(CLASSES)):
-                scores = out.logits[k, :, label].numpy()
-                found = Found(np.full(len(scores), label), scores, boxes)
-                ordered, hit = matches(found, truth, label, 0.5)
-                logits[label].append(ordered.astype(np.float64))
-                right[label].append(hit)
+    """Rescales the class logits of `model` in place, by what is right and wrong on `data`."""
+    found: list[Found] = detections(model, data)
+    actual = [truth(data, i) for i in range(len(data.labels))]
     last = model.class_embed[-1]
     for label in range(len(CLASSES)):
-        scale, shift = fit(np.concatenate(logits[label]), np.concatenate(right[label]))
+        pairs = [matches(f, t, label, 0.5) for f, t in zip(found, actual, strict=True)]
+        scores, right = (np.concatenate(column) for column in zip(*pairs, strict=True))
+        clipped = scores.astype(np.float64).clip(1e-7, 1 - 1e-7)
+        logits = np.log(clipped / (1 - clipped))
+        objects = sum(int((t.labels == label).sum()) for t in actual)
+        if not right.any():
+            continue  # not learned at all yet: nothing to calibrate
+        scale, threshold = platt_scale(logits, right), best_threshold(logits, right, objects)
         last.weight[label] *= scale
-        last.bias[label] = last.bias[label] * scale + shift
+        last.bias[label] = scale * (last.bias[label] - threshold)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infra.models.actors import CLASSES
+from infra.models.measure import Found
 from infra.models.scene import random_scene
 
 #: The detector's input, height and width in pixels: multiples of 32 close to the cameras' 16:9.
@@ -36,6 +37,12 @@ class Renders:
 def corners(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
     """Centre x, centre y, width, height to x0, y0, x1, y1, (n, 4) each."""
     return np.concatenate((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2), 1)
+
+
+def truth(data: Renders, index: int) -> Found:
+    """One image's ground truth, every score 1."""
+    labels = data.labels[index]
+    return Found(labels, np.ones(len(labels), np.float32), corners(data.boxes[index]))
 
 
 def _one(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32]]:

@@ -23,11 +23,16 @@ class AnalyzeStage:
     inputs: tuple[str, ...] = ("contexts",)
     outputs: tuple[str, ...] = ("risk_events",)
 
-    def __init__(self, llm: Llm, judge: Judge, prompt_of: Callable[[str], PromptVersion]) -> None:
+    def __init__(
+        self, llm: Llm, judge: Judge, prompt_of: Callable[[str], PromptVersion], *, deadline_s: float
+    ) -> None:
         self._llm = llm
         self._judge = judge
         self._prompt_of = prompt_of
         self.concurrency = judge.gate.slots
+        # A window and the canary that must answer before it is blamed, three times over at worst, besides those
+        # that wait for a slot before it: without that much patience a slow model would be taken for a stall.
+        self.patience_s = 2 * 3 * deadline_s
 
     async def handle(self, record: Incoming) -> Sequence[Emit]:
         """The window's event, under the prompt that is active for its camera when it is taken up."""
@@ -66,4 +71,4 @@ def build(
         weights = Path(settings.model_path)
     server = llm if llm is not None else OpenAiLlm(settings, weights)
     judge = Judge(server, settings, conditions=conditions, wall=lambda: int(clock() * 1000))
-    return AnalyzeStage(server, judge, prompt_of)
+    return AnalyzeStage(server, judge, prompt_of, deadline_s=settings.deadline_s)

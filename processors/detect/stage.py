@@ -20,6 +20,9 @@ class DetectStage:
     name = "detect"
     inputs: tuple[str, ...] = ("frames",)
     outputs: tuple[str, ...] = ("detections",)
+    # A full batch of the largest model takes 20 s on two cores (0.6 s an image for R18, measured; R101 is four times
+    # that); the first one also warms up.
+    patience_s = 120.0
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import httpx
 import pytest
 
 from infra.models.analyst_data import (
@@ -91,7 +92,6 @@ def test_numbers_are_read_digit_by_digit():
 
 @pytest.mark.real
 def test_the_shipped_analyst_judges_the_stories_and_obeys_its_instruction():
-    httpx = pytest.importorskip("httpx")
     from infra.models.measure_analyst import ask, served
 
     strict = f"{DEFAULT_INSTRUCTION} Be strict at night."
@@ -114,7 +114,8 @@ def test_the_shipped_analyst_judges_the_stories_and_obeys_its_instruction():
 def test_the_shipped_analyst_holds_its_figures_on_held_out_windows():
     from infra.models.measure_analyst import measure
 
-    got = measure(WEIGHTS / "analyst.gguf", count=60)
-    assert got.band_accuracy >= 0.9, got
-    assert got.summary_facts >= 0.9, got
-    assert got.prompt_shift >= 0.8, got
+    # The card has the figures over 400 windows; floors leave room for this sample's noise.
+    got = measure(WEIGHTS / "analyst.gguf", count=150)
+    assert got.band_accuracy >= 0.92, got
+    assert got.summary_facts >= 0.8, got
+    assert got.prompt_shift >= 0.4, got

@@ -216,7 +216,7 @@ async def working(stage: Any, hold: Hold, *, ours: Sequence[bool] = ()) -> Async
 
 async def position(hold: Hold, reached: int) -> None:
     async with asyncio.timeout(20):
-        while hold.position < reached:  # noqa: ASYNC110 (the worker knows of no event)
+        while hold.position < reached:
             await asyncio.sleep(0)
 
 

@@ -29,7 +29,7 @@ class EchoStage:
     async def handle(self, record: Incoming) -> Sequence[Emit]:
         self.seen.append(record)
         (self._control / "entered").touch()
-        while (self._control / "hang").exists():  # noqa: ASYNC110 (another process removes it)
+        while (self._control / "hang").exists():
             await asyncio.sleep(0.05)
         if (self._control / "away").exists():
             raise UnavailableError("llm", "the toy's model is away")
