@@ -33,7 +33,7 @@ check: .venv/.ready ## Lint, types, import contracts, schema compatibility
 	@$(BIN)/python -m schemas.compatibility
 
 bench: .venv/.ready ## Ratios of speed against a stated baseline
-	@$(BIN)/python -m pytest tests/bench -p no:timeout -s
+	@$(BIN)/python -m tests.bench.hosts
 
 lock: .venv/.ready ## Pin the newest versions that fit pyproject.toml
 	@$(BIN)/uv pip compile -q -U --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --extra dev pyproject.toml -o requirements.lock

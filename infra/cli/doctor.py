@@ -20,10 +20,10 @@ from rich.text import Text
 
 from infra.cli.cameras import DEMO_DETECTOR
 from infra.cli.output import NO, JsonFlag, console, explain, print_json, printable, working
+from infra.cli.show import supervised
 from infra.cli.store import Store
 from infra.config import Settings
 from infra.local.process import PortTakenError, require_free_port
-from infra.local.supervisor import read_state
 from processors.analyze.llm import OpenAiLlm
 from processors.detect.settings import DetectorSettings
 from schemas.migrations import MigrationError
@@ -78,8 +78,7 @@ def doctor(ctx: typer.Context, as_json: JsonFlag = False) -> None:
 
 async def examine(settings: Settings) -> list[Check]:
     """Every check, side by side; a check that breaks is a failed check."""
-    state = await asyncio.to_thread(read_state, settings.data_dir)
-    context = _Context(settings, (state or {}).get("processes", {}))
+    context = _Context(settings, await asyncio.to_thread(supervised, settings.data_dir))
     checks: list[tuple[str, Callable[[_Context], Coroutine[Any, Any, list[Check]]]]] = [
         ("python", _python),
         ("memory", _memory),

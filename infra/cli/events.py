@@ -156,7 +156,7 @@ async def _find(store: Store, text: str) -> Row:
     recent = [event["event_id"] for event in await store.events(limit=2000)]
     near = difflib.get_close_matches(text, recent, n=3, cutoff=0.3) or recent[:3]
     hint = "\n  ".join(["near it:", *near]) if near else "there are no events yet"
-    fail(f"there is no event {text}; {hint}", NO)
+    return fail(f"there is no event {text}; {hint}", NO)
 
 
 def as_plain(lineage: Lineage) -> dict[str, Any]:

@@ -105,7 +105,7 @@ async def collect(settings: Settings) -> dict[str, Any]:
     problems: list[dict[str, str]] = []
     look, stored = await asyncio.gather(_look(settings, problems), _stored(settings, problems))
     counts, letters = stored
-    state = await asyncio.to_thread(read_state, settings.data_dir)
+    processes = await asyncio.to_thread(supervised, settings.data_dir)
     reports = await asyncio.to_thread(_reports, settings.data_dir)
     topics = []
     for topic in STORED:
@@ -130,7 +130,7 @@ async def collect(settings: Settings) -> dict[str, Any]:
         ],
         "processes": [
             {"name": name, **{key: process.get(key) for key in ("state", "pid", "port", "restarts", "started_at")}}
-            for name, process in (state or {}).get("processes", {}).items()
+            for name, process in processes.items()
         ],
         "dead_letters": letters,
         "problems": problems,
@@ -186,6 +186,15 @@ def _stage(
             for p in positions
         ]
     return stage
+
+
+def supervised(data_dir: Path) -> dict[str, Any]:
+    """What the supervisor on this data directory says it runs, by process name; empty where there is none."""
+    try:
+        state = read_state(data_dir)
+    except OSError:  # a directory that cannot be read is doctor's to name
+        return {}
+    return dict((state or {}).get("processes", {}))
 
 
 def _reports(data_dir: Path) -> list[dict[str, Any]]:

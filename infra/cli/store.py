@@ -93,8 +93,10 @@ class Store:
         return await self.rows(
             f"SELECT {_LETTER} FROM dead_letters AS l FINAL "  # noqa: S608 (constants)
             f"LEFT JOIN ({_STATUS}) AS s ON s.origin = l.origin "
-            "WHERE ({stage:String} = '' OR l.stage = {stage:String}) AND ({kind:String} = '' OR l.kind = {kind:String}) "
-            "AND startsWith(l.origin, {origin:String}) ORDER BY l.failed_at DESC, l.origin LIMIT {limit:UInt32}",
+            "WHERE ({stage:String} = '' OR l.stage = {stage:String}) "
+            "AND ({kind:String} = '' OR l.kind = {kind:String}) "
+            "AND startsWith(l.origin, {origin:String}) "
+            "ORDER BY l.failed_at DESC, l.origin LIMIT {limit:UInt32}",
             stage=stage or "",
             kind=kind or "",
             origin=origin or "",

@@ -23,9 +23,7 @@ class AnalyzeStage:
     inputs: tuple[str, ...] = ("contexts",)
     outputs: tuple[str, ...] = ("risk_events",)
 
-    def __init__(
-        self, llm: Llm, judge: Judge, prompt_of: Callable[[str], PromptVersion], *, deadline_s: float
-    ) -> None:
+    def __init__(self, llm: Llm, judge: Judge, prompt_of: Callable[[str], PromptVersion], *, deadline_s: float) -> None:
         self._llm = llm
         self._judge = judge
         self._prompt_of = prompt_of

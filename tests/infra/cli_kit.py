@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Self
 
-from aiokafka import TopicPartition
 import structlog
+from aiokafka import TopicPartition
 from typer.testing import CliRunner, Result
 
 from infra.cli.main import app

@@ -24,7 +24,14 @@ def _store(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
 
 def row(**other: Any) -> dict[str, Any]:
     empty = {"key": None, "value": None, "claim": None, "headers": [], "detail": "", "status": "", "attempt": 1}
-    named = {"origin": "frames:e:0:1", "stage": "detect", "kind": "error", "camera_id": "", "error": "E", "message": "m"}
+    named = {
+        "origin": "frames:e:0:1",
+        "stage": "detect",
+        "kind": "error",
+        "camera_id": "",
+        "error": "E",
+        "message": "m",
+    }
     return {**empty, **named, "failed_at": None, **other}
 
 

@@ -1,8 +1,9 @@
 """`rewatch doctor` on a machine with nothing running, and on broken ones: each problem comes with its fix."""
 
 import socket
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_a_port_that_another_program_has_is_named_with_its_setting() -> None:
 
 
 def test_a_port_of_ours_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "read_state", lambda _: {"processes": {"ingest": {"pid": 1}}})
+    monkeypatch.setattr(doctor, "supervised", lambda _: {"ingest": {"pid": 1}})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", load().ingest.upload.port))
         taken.listen()
@@ -124,12 +125,10 @@ def test_topics_are_held_against_the_settings() -> None:
 async def test_clock_skew_above_two_seconds_is_refused(
     ahead_s: float, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import time
-
     class Store:
         def __init__(self, _: object) -> None: ...
 
-        async def __aenter__(self) -> "Store":
+        async def __aenter__(self) -> Self:
             return self
 
         async def __aexit__(self, *_: object) -> None: ...

@@ -1,6 +1,7 @@
 """The settings: precedence, aliases, mistakes that name their fix, secrets that stay secret."""
 
 import json
+import operator
 import os
 import sys
 from pathlib import Path
@@ -85,8 +86,7 @@ def test_known_names_of_other_services_work(alias: str, value: str, monkeypatch:
         for name, other in (("TLS_MODE", "auto"), ("TLS_CERT_PATH", "/c.pem"), ("TLS_KEY_PATH", "/k.pem")):
             monkeypatch.setenv(name, other)
     monkeypatch.setenv(alias, value)
-    section, name = ALIASES[alias].split(".")
-    found = getattr(getattr(load(), section), name)
+    found = operator.attrgetter(ALIASES[alias])(load())
     assert str(found.get_secret_value() if isinstance(found, SecretStr) else found) == value
 
 
@@ -133,6 +133,7 @@ def test_an_empty_file_is_the_defaults() -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "kafka:\n  sasl_password: 31337\n",
         "kafka:\n  sasl_password: [hunter2]\n",
         "llm:\n  api_key: {hunter2: 1}\n",
         # The section fails as a whole: its values are not repeated.
@@ -144,6 +145,7 @@ def test_no_message_repeats_a_secret(text: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load()
     assert "hunter2" not in str(raised.value)
+    assert "31337" not in str(raised.value)
 
 
 def test_show_masks_every_secret_and_names_where_each_setting_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:

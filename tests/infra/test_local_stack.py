@@ -111,7 +111,7 @@ def sql(stack, statement):
 
 async def until(condition):
     async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - other processes set no Event
+        while not condition():
             await asyncio.sleep(0.02)
 
 

@@ -29,7 +29,7 @@ def python(code):
 
 async def until(condition):
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - other processes set no Event
+        while not condition():
             await asyncio.sleep(0.01)
 
 
