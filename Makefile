@@ -12,7 +12,7 @@ help: ## Show the verbs
 .venv/.ready: requirements.lock bootstrap.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "rewatch needs Python 3.11 or newer: none found on PATH (set PYTHON=/path/to/python)"; exit 1; }
 	@date +%s > .install-began
-	@echo "Installing into .venv: about 2.6 GB to download the first time (torch is most of it), 6 GB on disk."
+	@echo "Installing into .venv: about 3 GB to download the first time (torch is most of it), 6.6 GB on disk."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r bootstrap.lock
 	@VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install -q --require-hashes -r requirements.lock

@@ -58,7 +58,7 @@ async def run_demo(settings: Settings, config: Path | None, stop: asyncio.Event)
     began = time.monotonic()
     seconds: dict[str, float] = {"install": _install_seconds()}
     console.print("[bold]rewatch demo[/bold]: three cameras, one day, everything on this machine")
-    console.print("first run downloads the Kafka broker: 45 jars, 43 MB, kept for later runs")
+    console.print("first run downloads the Kafka broker: 46 jars, 45 MB, kept for later runs")
     with console.status("starting Kafka, ClickHouse, llama.cpp and six stages ..."):
         installation = Installation(settings, config)
         await installation.__aenter__()
