@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -243,12 +244,13 @@ async def test_no_orphans_after_the_supervisor_is_killed(tmp_path, when):
 
 async def test_leftovers_of_a_dead_supervisor_are_ended_at_the_next_start(tmp_path):
     # Not a child of asyncio's: the supervisor waits for its end too, and only one of the two would learn of it.
-    orphan = psutil.Popen(SLEEP)
-    entry = {"pid": orphan.pid, "create_time": orphan.create_time()}
+    orphan = subprocess.Popen(SLEEP)
+    entry = {"pid": orphan.pid, "create_time": psutil.Process(orphan.pid).create_time()}
     dead = {"pid": 2**22, "create_time": 1.0, "processes": {"child": entry}}
     (tmp_path / "run.json").write_text(json.dumps(dead))
     async with Supervisor(tmp_path):
         assert gone(orphan.pid)
+    orphan.wait()  # nothing is left to wait for, but Popen must be told
 
 
 async def test_the_log_keeps_what_the_child_printed_and_stays_bounded(tmp_path, monkeypatch):
