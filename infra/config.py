@@ -57,9 +57,9 @@ class LocalSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kafka_port: int = Field(9092, ge=0, le=65535, description="Port of the embedded broker; 0 takes a free one.")
-    clickhouse_port: int = Field(8123, ge=0, le=65535, description="Port of the embedded ClickHouse engine.")
-    llama_port: int = Field(8091, ge=0, le=65535, description="Port of the embedded llama.cpp server.")
+    kafka_port: int = Field(9092, ge=1, le=65535, description="Port of the embedded broker.")
+    clickhouse_port: int = Field(8123, ge=1, le=65535, description="Port of the embedded ClickHouse engine.")
+    llama_port: int = Field(8091, ge=1, le=65535, description="Port of the embedded llama.cpp server.")
 
 
 class StageSettings(BaseModel):

@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-import httpx
-
 from infra import topology
 from infra.config import Settings
 from infra.local.llama import LlamaSettings
@@ -88,23 +86,17 @@ class Installation:
             env={"PYTHONUNBUFFERED": "1"},
             needs=tuple(need for need, local in needs.items() if local),
             patient=True,
-            ready=lambda: _ready(self.settings, stage, status),
+            ready=lambda: _ready(stage, status),
             stalled=None if stage == "ingest" else (lambda: _stalled(status)),
             cleanup=lambda: status.unlink(missing_ok=True),
             ready_timeout=_READY_S,
         )
 
 
-async def _ready(settings: Settings, stage: str, status: Path) -> bool:
-    """A stage is ready once it is a member of its group; ingest once it answers."""
-    if stage == "ingest":
-        try:
-            async with httpx.AsyncClient(timeout=1) as client:
-                return (await client.get(f"{settings.ingest.upload.url}/health")).is_success
-        except httpx.HTTPError:
-            return False
+async def _ready(stage: str, status: Path) -> bool:
+    """A stage is ready once it is a member of its group; ingest once it listens, and only then it reports."""
     report = _report(status)
-    return bool(report and report["generation"] >= 0 and _runs(int(report["pid"])))
+    return bool(report and _runs(int(report["pid"])) and (stage == "ingest" or report["generation"] >= 0))
 
 
 async def _stalled(status: Path) -> str | None:
@@ -112,7 +104,7 @@ async def _stalled(status: Path) -> str | None:
     report = _report(status)
     if report is None:
         return None
-    silent = time.time() - float(report["written_at"])
+    silent = time.time() - status.stat().st_mtime  # touched even when the disk has no room for a report
     if silent > STALL_S:
         return f"its loop has not ticked for {silent:.0f} s"
     return report["stall"] if isinstance(report["stall"], str) else None

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from infra import logs, topology
 from infra.config import ConfigError, Settings, load
+from processors.detect.settings import ModelError
+from processors.ingest.settings import SettingsError
 from streams.admin import TopicsError
 
 
@@ -44,7 +46,7 @@ def main() -> int:
     logs.to_stderr(logging.INFO)
     try:
         asyncio.run(work(load(arguments.config), arguments.stage, arguments.status))
-    except (ConfigError, TopicsError) as error:
+    except (ConfigError, TopicsError, SettingsError, ModelError) as error:
         print(f"settings: {error}", file=sys.stderr)
         return 2
     return 0

@@ -31,7 +31,7 @@ class KafkaSettings(BaseModel):
     system: str = Field(
         "rewatch",
         pattern=r"^[a-z0-9][a-z0-9_-]*$",
-        description="Prefix of group names and transactional ids: installations can share a cluster.",
+        description="Prefix of group names and transactional ids. Topics have none: one installation a cluster.",
     )
     partitions: int = Field(16, ge=1, le=1024, description="Partitions of each data topic; fixed at creation.")
     replication_factor: int = Field(1, ge=1, description="Replicas of each topic.")
@@ -187,5 +187,6 @@ def incoming(record: "aiokafka.ConsumerRecord[Any, Any]", epoch: str) -> Incomin
         record.offset,
         record.key,
         record.value,
-        tuple(record.headers),
+        # Kafka allows headers without a value; nothing behind this point does.
+        tuple((name, value or b"") for name, value in record.headers),
     )

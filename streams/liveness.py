@@ -4,14 +4,16 @@ A worker is alive while its loop ticks and its consumer polls, and each of its p
 up, or waits on something that it names. Only an unexplained stall is a reason to restart it.
 """
 
+import asyncio
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-# Longer than any honest pause of a healthy worker: a rebalance takes up to 10 s, an acquire up to 15 s.
+# Longer than any usual pause of a healthy worker: a rebalance takes up to 10 s, an acquire about a second.
 STALL_S = 45.0
 
 
@@ -26,6 +28,8 @@ class PartitionLife:
         """Records read and not yet committed."""
         self.position = 0
         self.advanced_at = clock()
+        self._queued = 0
+        self._running = 0
 
     @property
     def waiting_on(self) -> str | None:
@@ -55,9 +59,28 @@ class PartitionLife:
         self.in_hand = 0
         self.advanced_at = self._clock()
 
+    @asynccontextmanager
+    async def slot(self, slots: asyncio.Semaphore) -> AsyncIterator[None]:
+        """Hold one of the worker's slots. Waiting for it behind other partitions is no stall of this one."""
+        self._queued += 1
+        try:
+            await slots.acquire()
+        finally:
+            self._queued -= 1
+        if not self._running:
+            self.advanced_at = self._clock()
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            slots.release()
+
     def stalled_for(self) -> float | None:
         """Seconds without progress, where that is more than can be explained."""
         since = self._clock() - self.advanced_at
+        if self._queued and not self._running:
+            return None
         return since if self.in_hand and self._waiting_on is None and since > self._patience_s else None
 
 
@@ -72,7 +95,6 @@ class Liveness:
         self.waiting_on: str | None = None
         """What the whole worker waits on: its broker, its model."""
         self.generation = -1
-        self.restarts_of_work = 0
 
     def partition(self, name: str, patience_s: float = STALL_S) -> PartitionLife:
         """The life of a partition, from now on; `patience_s`: how long one record may honestly take."""

@@ -16,7 +16,7 @@ from aiokafka.errors import KafkaError
 
 from schemas.records import BatchState, SinkState
 from streams import codec
-from streams.delivery import Ownership
+from streams.delivery import Ownership, let_go
 from streams.errors import FencedError, UnavailableError, UncertainError, UnprocessableError
 from streams.kafka import Kafka
 from streams.liveness import PartitionLife
@@ -254,11 +254,12 @@ async def _handle(worker: PartitionWorker, stage: MapStage, record: Incoming) ->
     pause = 0.2
     while True:
         try:
-            async with worker.slots:
+            async with worker.life.slot(worker.slots):
                 results = await stage.handle(record)
             worker.life.waiting_on = None
             return [worker.ownership.derived(emit, record) for emit in results]
         except UnprocessableError as error:
+            worker.life.waiting_on = None
             return [worker.ownership.dead_letter(record, error, attempt + 1)]
         except UnavailableError as error:
             worker.life.waiting_on = error.waiting_on
@@ -267,6 +268,7 @@ async def _handle(worker: PartitionWorker, stage: MapStage, record: Incoming) ->
             attempt += 1
             log.exception("unexpected", stage=stage.name, origin=record.origin, attempt=attempt)
             if attempt >= _ATTEMPTS:
+                worker.life.waiting_on = None
                 return [worker.ownership.dead_letter(record, error, attempt)]
         await asyncio.sleep(pause * random.uniform(0.5, 1.5))
         pause = min(pause * 2, 10.0)
@@ -338,8 +340,8 @@ class _Pulse:
         while True:
             try:
                 await self._run()
-            except (KafkaError, TimeoutError, OSError) as error:
-                log.warning("tick not sent", partition=self._worker.partition, error=str(error))
+            except Exception as error:  # noqa: BLE001 (without ticks windows would close only when frames come)
+                log.warning("tick not sent", partition=self._worker.partition, error=repr(error))
                 await asyncio.sleep(TICK_EVERY_S)
 
     async def _run(self) -> None:
@@ -362,7 +364,7 @@ class _Pulse:
                 await asyncio.sleep(TICK_EVERY_S if self.unanswered < TICKS_UNANSWERED else TICK_SLOW_EVERY_S)
         finally:
             if producer is not None:
-                await producer.stop()
+                await let_go(producer)
 
 
 async def _range(worker: PartitionWorker, stage: RangeStage) -> None:
@@ -374,7 +376,7 @@ async def _range(worker: PartitionWorker, stage: RangeStage) -> None:
             while not buffer.waiting:
                 await worker._wait()  # noqa: SLF001 (one module)
             worker.life.hold(len(buffer))
-            if buffer.waiting < stage.max_records:
+            if not buffer.full and buffer.waiting < stage.max_records:
                 await asyncio.sleep(stage.linger_s)
             records = _take_range(buffer, stage.max_records)
             pending = SinkState(
@@ -443,7 +445,7 @@ async def _insert(worker: PartitionWorker, stage: RangeStage, span: Range, recor
     pause = 0.2
     while True:
         try:
-            async with worker.slots:
+            async with worker.life.slot(worker.slots):
                 await stage.insert(span, records)
         except UnavailableError as error:
             worker.life.waiting_on = error.waiting_on

@@ -5,6 +5,7 @@ A host calls `feed` for each record, `revoke` when partitions go, and asks `full
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
@@ -93,7 +94,9 @@ class Workers:
             while True:
                 try:
                     self.liveness.write(self._status)
-                except OSError as error:  # a full disk ends no work; who reads an old file sees its age
+                except OSError as error:  # a full disk ends no work: touching the file needs no space
+                    with contextlib.suppress(OSError):
+                        os.utime(self._status)
                     log.warning("status not written", path=str(self._status), error=str(error))
                 await asyncio.sleep(_REPORT_EVERY_S)
         finally:

@@ -16,12 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 
 from infra import topology
-from infra.cli.output import AWAY, NO, USAGE, JsonFlag, broker_away, console, fail, print_json
+from infra.cli.output import AWAY, NO, USAGE, JsonFlag, broker_away, console, explain, fail, print_json
 from infra.config import Settings
 from infra.worker import stop_event, work
+from processors.detect.settings import ModelError
+from processors.ingest.settings import SettingsError
 from schemas.ids import digest
+from schemas.migrations import MigrationError
 from streams.admin import TopicsError, ensure_topics
 from streams.claims import ClaimStore
+from streams.errors import FencedError, UnavailableError, UncertainError
 from streams.kafka import Kafka
 
 T = TypeVar("T")
@@ -69,11 +73,12 @@ def up(ctx: typer.Context) -> None:
 def demo(ctx: typer.Context) -> None:
     """Play three rendered cameras through the whole pipeline, show what it found, and stop. The data stay."""
     from infra.demo import DemoError, run_demo
+    from infra.local.supervisor import AlreadyRunningError
 
     async def main() -> None:
         try:
             await run_demo(ctx.obj, ctx.meta["config"], stop_event())
-        except DemoError as error:
+        except (DemoError, AlreadyRunningError) as error:
             fail(str(error))
 
     _run(ctx.obj, main())
@@ -157,7 +162,9 @@ def _mendable(settings: Settings, run: Callable[[], T]) -> T:
     except AlreadyRunningError as error:
         console().print(str(error))
         raise typer.Exit(0) from None
-    except (StartError, ProcessFailedError, TopicsError) as error:
+    except (SettingsError, ModelError, TopicsError, MigrationError) as error:
+        fail(str(error), USAGE)
+    except (StartError, ProcessFailedError, UnavailableError) as error:
         fail(str(error), AWAY)
-    except KafkaError:
-        fail(broker_away(settings), AWAY)
+    except (KafkaError, TimeoutError, FencedError, UncertainError) as error:
+        fail(f"{broker_away(settings)}: {explain(error)}", AWAY)

@@ -5,6 +5,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 
+class ModelError(RuntimeError):
+    """The model cannot be loaded; the message names the setting and the fix."""
+
+
 class DetectorSettings(BaseModel):
     """Which RT-DETRv2 runs, and on what."""
 

@@ -10,14 +10,10 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from processors.detect.core import best_boxes
-from processors.detect.settings import DetectorSettings
+from processors.detect.settings import DetectorSettings, ModelError
 from schemas.records import Box
 
 _READ = 1 << 20
-
-
-class ModelError(RuntimeError):
-    """The model cannot be loaded; the message names the setting and the fix."""
 
 
 class TorchDetector:

@@ -7,7 +7,7 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
-from streams.delivery import FencedProducer
+from streams.delivery import FencedProducer, let_go
 from streams.errors import FencedError
 from streams.kafka import Kafka
 from streams.messages import Emit
@@ -68,3 +68,21 @@ async def test_closing_in_the_middle_of_a_transaction_takes_no_time(kafka: Kafka
         await producer._producer.send(on.target, b"never", partition=2)
         async with asyncio.timeout(2):
             await producer.close()
+
+
+async def test_a_cancellation_while_letting_go_reaches_the_caller() -> None:
+    class Deaf:
+        class _sender:  # noqa: N801 (aiokafka's name)
+            @staticmethod
+            async def close() -> None:
+                await asyncio.sleep(3600)
+
+        @staticmethod
+        async def stop() -> None:
+            pass
+
+    task = asyncio.create_task(let_go(Deaf()))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -1,5 +1,6 @@
 """Only an unexplained stall is a reason to restart a worker."""
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -94,3 +95,32 @@ def test_the_status_file_is_whole_json(tmp_path: Path) -> None:
     life.write(path)
     assert json.loads(path.read_text())["stage"] == "toy"
     assert list(path.parent.iterdir()) == [path]
+
+
+async def test_waiting_for_a_slot_behind_other_partitions_is_no_stall() -> None:
+    now = [0.0]
+    liveness = Liveness("detect", clock=lambda: now[0])
+    slots = asyncio.Semaphore(1)
+    life = liveness.partition("frames-0")
+    life.hold(3)
+    await slots.acquire()
+
+    async def work() -> None:
+        async with life.slot(slots):
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    now[0] = 10 * STALL_S
+    liveness.polled()
+    assert liveness.stall() is None
+    slots.release()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert liveness.stall() is None  # it holds the slot from now on
+    now[0] += STALL_S + 1
+    liveness.polled()
+    assert "has not advanced" in str(liveness.stall())
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert not slots.locked()
