@@ -24,6 +24,7 @@ from processors.ingest.settings import IngestSettings
 from schemas.records import Camera, DeadLetter
 from streams import codec
 from streams.claims import INLINE_LIMIT, ClaimStore
+from streams.delivery import DEAD_LETTER_INLINE
 from streams.errors import FencedError, UnavailableError, UncertainError
 from streams.messages import Emit, Tick
 
@@ -32,9 +33,6 @@ log = structlog.get_logger(__name__)
 # 64 frames of 64 KB are 4 MB and take a broker that flushes each about a quarter of a second: well within the
 # 10 s of a transaction.
 GROUP = 64
-
-# The design's bound for dead letters: original bytes above this go to the claim store.
-_DEAD_LETTER_INLINE = 256 * 1024
 
 # How long the transaction in hand may take when ingest is told to stop, seconds.
 STOP_S = 5.0
@@ -371,7 +369,7 @@ class Appenders:
         data = submission.data
         sha256 = hashlib.sha256(data or f"{size}:{submission.file_at}".encode()).hexdigest()
         name = core.clean_name(submission.name)
-        large = len(data) > _DEAD_LETTER_INLINE
+        large = len(data) > DEAD_LETTER_INLINE
         letter = DeadLetter(
             origin=f"{submission.source}:{submission.camera_id}/{name}@{sha256[:16]}",
             camera_id=submission.camera_id,

@@ -8,7 +8,7 @@ from aiokafka.errors import KafkaError
 from schemas.records import Camera, IngestState
 from streams import codec
 from streams.delivery import FencedProducer
-from streams.errors import UnavailableError, UncertainError
+from streams.errors import UnavailableError
 from streams.kafka import Kafka
 from streams.messages import Emit
 from streams.topics import partition_of
@@ -50,8 +50,6 @@ class KafkaCameraLog:
         try:
             await self._producer.open()
             return await self._read_state()
-        except UncertainError:
-            raise
         except (KafkaError, TimeoutError, OSError) as error:
             raise UnavailableError(
                 "broker", f"the log cannot be reached (kafka.bootstrap_servers): {error!r}"
