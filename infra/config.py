@@ -23,7 +23,7 @@ from processors.analyze.settings import LlmSettings
 from processors.batch.settings import WindowsSettings
 from processors.detect.settings import DetectorSettings
 from processors.ingest.settings import IngestSettings
-from processors.sink.settings import ClickHouseSettings
+from processors.store.settings import ClickHouseSettings
 from streams.kafka import KafkaSettings
 
 ALIASES: dict[str, str] = {

@@ -23,7 +23,7 @@ from infra.cli.show import collect
 from infra.config import Settings
 from infra.installation import Installation
 from infra.models.stories import CAMERAS, Footage, write_footage
-from processors.sink.queries import Queries
+from processors.store.queries import Queries
 from streams.kafka import Kafka
 from streams.messages import Tick
 from streams.topics import partition_of

@@ -14,8 +14,8 @@ from pathlib import Path
 from infra import logs, topology
 from infra.config import ConfigError, Settings, load
 from processors.detect.settings import ModelError
-from processors.ingest.settings import SettingsError
 from streams.admin import TopicsError
+from streams.serving import SettingsError
 
 
 def stop_event() -> asyncio.Event:

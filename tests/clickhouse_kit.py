@@ -12,8 +12,8 @@ from anyio.from_thread import start_blocking_portal
 
 from infra.local import clickhouse
 from infra.local.process import Process, free_port
-from processors.sink.settings import ClickHouseSettings
 from processors.sink.store import ClickHouseStore
+from processors.store.settings import ClickHouseSettings
 
 
 @pytest.fixture(scope="session")

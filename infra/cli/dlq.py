@@ -1,6 +1,7 @@
 """`rewatch dlq ls|show`: records that could not be processed."""
 
 import json
+from contextlib import aclosing
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 from rich.text import Text
 
 from infra.cli.output import NO, JsonFlag, console, fail, print_json, print_table, printable, run, text_of, when
-from infra.cli.store import Row, Store
+from processors.store.queries import Queries, Row
 from streams import codec
 from streams.messages import FINGERPRINT
 from streams.topics import TOPICS
@@ -46,7 +47,7 @@ def ls(
     settings: Settings = ctx.obj
 
     async def main() -> list[Row]:
-        async with Store(settings) as store:
+        async with aclosing(Queries(settings.clickhouse)) as store:
             return await store.dead_letters(stage=stage, kind=kind, limit=limit)
 
     letters = run(settings, main)
@@ -82,7 +83,7 @@ def show(
     settings: Settings = ctx.obj
 
     async def main() -> list[Row]:
-        async with Store(settings) as store:
+        async with aclosing(Queries(settings.clickhouse)) as store:
             return await store.dead_letters(origin=origin, limit=20)
 
     letters = run(settings, main)

@@ -8,6 +8,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,11 +22,11 @@ from rich.text import Text
 from infra.cli.cameras import DEMO_DETECTOR
 from infra.cli.output import NO, JsonFlag, console, explain, print_json, printable, working
 from infra.cli.show import supervised
-from infra.cli.store import Store
 from infra.config import Settings
 from infra.local.process import PortTakenError, require_free_port
 from processors.analyze.llm import OpenAiLlm
 from processors.detect.settings import DetectorSettings
+from processors.store.queries import Queries
 from schemas.migrations import MigrationError
 from streams.errors import UnavailableError
 from streams.kafka import Kafka
@@ -245,7 +246,7 @@ async def _clickhouse(context: _Context) -> list[Check]:
     if settings.local_clickhouse and "clickhouse" not in context.running:
         return [_not_running("clickhouse")]
     where = settings.clickhouse.url
-    async with Store(settings) as store:
+    async with aclosing(Queries(settings.clickhouse)) as store:
         try:
             before = time.time()
             version, server_ms = await store.version_and_clock()

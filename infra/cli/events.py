@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from infra.cli.output import (
     text_of,
     when,
 )
-from infra.cli.store import Lineage, Row, Store
+from processors.store.queries import Lineage, Queries, Row
 from schemas.ids import origin
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def ls(  # noqa: PLR0917 (typer makes options of parameters)
         fail(f"--since {since}: {error}", USAGE)
 
     async def main() -> list[Row]:
-        async with Store(settings) as store:
+        async with aclosing(Queries(settings.clickhouse)) as store:
             return await store.events(camera=camera, level=level, since=from_time, limit=limit)
 
     events = run(settings, main)
@@ -94,7 +95,7 @@ def show(ctx: typer.Context, event: _ID, as_json: JsonFlag = False) -> None:
     settings: Settings = ctx.obj
 
     async def main() -> Row:
-        async with Store(settings) as store:
+        async with aclosing(Queries(settings.clickhouse)) as store:
             return await _find(store, event)
 
     found = run(settings, main)
@@ -118,8 +119,8 @@ def explain(
     settings: Settings = ctx.obj
 
     async def main() -> Lineage:
-        async with Store(settings) as store:
-            return await store.lineage(await _find(store, event))
+        async with aclosing(Queries(settings.clickhouse)) as store:
+            return await store.made_from(await _find(store, event))
 
     lineage = run(settings, main)
     if as_json:
@@ -144,7 +145,7 @@ def moment(text: str, now: datetime) -> datetime:
     return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
 
 
-async def _find(store: Store, text: str) -> Row:
+async def _find(store: Queries, text: str) -> Row:
     """The event of that id or beginning; says what is near where there is none, or several."""
     found = await store.events_like(text, limit=6)
     exact = [event for event in found if event["event_id"] == text]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from infra import logs
-from infra.cli import cameras, dlq, doctor, events, migrate, run, show, sql
+from infra.cli import cameras, dlq, doctor, events, ingest, migrate, run, show, sql
 from infra.cli import config as config_commands
 from infra.config import ConfigError, load
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="rewatch watches cameras with local AI, and remembers everything as events that can be replayed.",
 )
-for commands in (run, show, events, sql, cameras, dlq, doctor, migrate, config_commands):
+for commands in (run, ingest, show, events, sql, cameras, dlq, doctor, migrate, config_commands):
     commands.register(app)
 
 

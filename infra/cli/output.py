@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from infra.cli.store import QueryError
 from infra.config import Settings
+from processors.store.queries import QueryError
 from streams.admin import TopicsError
 from streams.errors import UnavailableError
 

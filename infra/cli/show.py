@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from infra.cli.output import (
     start_hint,
     when,
 )
-from infra.cli.store import Store
 from infra.config import Settings
 from infra.local.supervisor import read_state
-from infra.survey import READS, Position, Survey, survey
+from streams.survey import READS, Position, Survey, survey
+from processors.store.queries import Queries
 from streams.errors import UnavailableError
 from streams.kafka import Kafka
 from streams.topics import STORED
@@ -149,7 +150,7 @@ async def _stored(
     settings: Settings, problems: list[dict[str, str]]
 ) -> tuple[dict[str, int] | None, list[dict[str, Any]] | None]:
     try:
-        async with Store(settings) as store:
+        async with aclosing(Queries(settings.clickhouse)) as store:
             return await store.counts(), await store.dead_letter_counts()
     except UnavailableError as error:
         problems.append({"service": "clickhouse", "message": f"{error}{start_hint(settings)}"})

@@ -2,12 +2,13 @@
 
 import json
 import sys
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from infra.cli.output import USAGE, JsonFlag, fail, print_table, printable, run
-from infra.cli.store import Store
+from processors.store.queries import Queries
 
 if TYPE_CHECKING:
     from infra.config import Settings
@@ -35,7 +36,7 @@ def sql(
     wanted = "CSVWithNames" if as_csv else "JSON" if as_json else "JSONCompact"
 
     async def main() -> bytes:
-        async with Store(settings) as store:
+        async with aclosing(Queries(settings.clickhouse)) as store:
             # One row more than is shown tells whether there are more.
             return await store.raw(text, wanted, limit=limit + 1 if limit and not as_json and not as_csv else limit)
 

@@ -1,7 +1,6 @@
 """Ingest's own HTTP endpoint: `POST /api/upload?camera=ID` with a JPEG; answered only when it is committed."""
 
 import asyncio
-import hmac
 import math
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +59,6 @@ class _Upload:
     def __init__(self, appenders: Appenders, settings: UploadSettings) -> None:
         self._appenders = appenders
         self._settings = settings
-        self._key = settings.api_key.get_secret_value().encode() if settings.api_key is not None else None
         self._in_hand = 0
 
     async def post(self, request: Request) -> Response:
@@ -141,11 +139,7 @@ class _Upload:
         return bytes(body)
 
     def _check_key(self, request: Request) -> None:
-        if self._key is None:
-            return
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        given = request.headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else "")
-        if not hmac.compare_digest(given.encode(), self._key):
+        if not self._settings.lets_in(request.headers):
             raise HTTPException(
                 401,
                 "an API key is needed: `Authorization: Bearer KEY` or `X-API-Key: KEY` (ingest.upload.api_key)",

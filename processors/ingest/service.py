@@ -3,39 +3,27 @@
 import asyncio
 import contextlib
 import socket
-import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
-import uvicorn
 
 from processors.ingest.appender import Appenders
 from processors.ingest.folder import Folder
 from processors.ingest.http import build_app
 from processors.ingest.kafka_log import KafkaLog
 from processors.ingest.ports import Cameras, Log
-from processors.ingest.settings import IngestSettings, SettingsError, UploadSettings
+from processors.ingest.settings import IngestSettings
 from streams.claims import ClaimStore
 from streams.kafka import Kafka
 from streams.liveness import Liveness
+from streams.serving import listen, serve
 
 log = structlog.get_logger(__name__)
 
-# Uploads in hand get this long to be answered after a stop: as long as their transactions have, seconds.
-_DRAIN_S = 5
-
 # How often the status file is written, seconds.
 _REPORT_EVERY_S = 1.0
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn without its signal handlers: stopping is the host's, by an event."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class Service:
@@ -116,55 +104,10 @@ class Service:
 
     async def _serve(self, listener: socket.socket, stop: asyncio.Event) -> None:
         upload = self._settings.upload
-        config = uvicorn.Config(
-            build_app(self.appenders, upload, self.waiting_on),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            server_header=False,
-            timeout_keep_alive=30,  # cameras post every few seconds: keep their connections
-            timeout_graceful_shutdown=_DRAIN_S,
-            ssl_certfile=upload.tls_cert_path if upload.with_tls else None,
-            ssl_keyfile=upload.tls_key_path if upload.with_tls else None,
-        )
-        config.load()
-        if config.ssl is not None:
-            config.ssl.minimum_version = ssl.TLSVersion[f"TLSv{upload.tls_min_version.replace('.', '_')}"]
-        server = _Server(config)
-        serving = asyncio.create_task(server.serve(sockets=[listener]), name="ingest http")
         url = upload.model_copy(update={"port": listener.getsockname()[1]}).url
         log.info("taking uploads", url=url)
         self.url.set_result(url)
-        stopped = asyncio.create_task(stop.wait())
-        try:
-            await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stopped.cancel()
-            server.should_exit = True
-            await serving
-            listener.close()
-        if not stop.is_set():
-            raise RuntimeError("the upload endpoint ended by itself")
-
-
-def listen(settings: UploadSettings) -> socket.socket:
-    """The endpoint's socket, bound and listening.
-
-    Raises:
-        SettingsError: the address or port cannot be had; the message names the setting.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        listener = socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=512)
-    except OSError as error:
-        raise SettingsError(
-            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
-            "set ingest.upload.port (REWATCH_INGEST__UPLOAD__PORT) to a free one",
-        ) from error
-    # Connections inherit it. asyncio does not set it on those of a listener that it did not make, and each answer
-    # on a kept connection would wait 40 ms for an acknowledgement.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
+        await serve(build_app(self.appenders, upload, self.waiting_on), upload, listener, stop)
 
 
 async def run(

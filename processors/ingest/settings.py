@@ -1,16 +1,12 @@
 """The `ingest:` section of rewatch.yaml."""
 
-import ipaddress
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from processors.ingest import core
-
-
-class SettingsError(Exception):
-    """A setting cannot be used here; the message names it and the fix."""
+from streams.serving import EndpointSettings
 
 
 class FolderSettings(BaseModel):
@@ -73,55 +69,17 @@ class FolderSettings(BaseModel):
         return cameras
 
 
-class UploadSettings(BaseModel):
+class UploadSettings(EndpointSettings):
     """Ingest's own HTTP endpoint, `POST /api/upload?camera=ID`."""
 
-    model_config = ConfigDict(extra="forbid")
+    section: ClassVar[str] = "ingest.upload"
 
-    enabled: bool = True
-    host: str = Field(default="127.0.0.1", description="Address to listen on; other than loopback needs an api_key.")
     port: int = Field(default=8100, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    api_key: SecretStr | None = Field(
-        default=None,
-        description="Asked for as `Authorization: Bearer` or `X-API-Key`. By environment: "
-        "REWATCH_INGEST__UPLOAD__API_KEY.",
-    )
     auto_create: bool = Field(
         default=False, description="Make cameras that are not known; else they are answered with 404."
     )
     max_waiting: int = Field(default=64, ge=1, description="Uploads in hand at once; more are answered with 429.")
     timeout_s: float = Field(default=60.0, gt=0, description="A body that takes longer to arrive is answered with 408.")
-    tls: Literal["auto", "off"] = Field(
-        default="auto", description="`auto` listens with TLS where a certificate is set."
-    )
-    tls_cert_path: Path | None = Field(default=None, description="PEM certificate chain: listen with TLS.")
-    tls_key_path: Path | None = Field(default=None, description="PEM key of tls_cert_path.")
-    tls_min_version: Literal["1.2", "1.3"] = Field(default="1.2", description="Oldest TLS that is spoken.")
-
-    @model_validator(mode="after")
-    def _open_to_others(self) -> "UploadSettings":
-        if self.enabled and self.api_key is None and not _is_loopback(self.host):
-            raise ValueError(
-                f"ingest.upload.host {self.host} can be reached by others: set ingest.upload.api_key "
-                "(REWATCH_INGEST__UPLOAD__API_KEY), or listen on 127.0.0.1",
-            )
-        if self.api_key is not None and not self.api_key.get_secret_value():
-            raise ValueError("ingest.upload.api_key is empty: set one, or leave it out")
-        if (self.tls_cert_path is None) != (self.tls_key_path is None):
-            raise ValueError("ingest.upload.tls_cert_path and ingest.upload.tls_key_path belong together: set both")
-        return self
-
-    @property
-    def with_tls(self) -> bool:
-        """Whether it listens with TLS."""
-        return self.tls == "auto" and self.tls_cert_path is not None
-
-    @property
-    def url(self) -> str:
-        """Where this machine reaches it."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host).strip("[]")  # noqa: S104 (looked up, not bound)
-        scheme = "https" if self.with_tls else "http"
-        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
 
 
 class IngestSettings(BaseModel):
@@ -154,10 +112,3 @@ class IngestSettings(BaseModel):
     def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         core.NamePatterns(patterns)
         return patterns
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -51,14 +51,6 @@ class Rows(NamedTuple):
     progress: Block
 
 
-class Table(NamedTuple):
-    """A topic's typed table."""
-
-    columns: Mapping[str, Getter]
-    id: tuple[str, ...]
-    """The columns that tell one record from another, whichever way it came twice."""
-
-
 POSITION = ("epoch", "partition", "offset")
 """The columns that find a row's original bytes in `log`."""
 
@@ -113,7 +105,7 @@ def progress_row(span: Range, *, rows: int, ticks: int, undecodable: int) -> Blo
 
 
 def _typed_rows(topic: str, records: Sequence[tuple[Incoming, Record]]) -> Block:
-    columns = {name: [get(record) for _, record in records] for name, get in TABLES[topic].columns.items()}
+    columns = {name: [get(record) for _, record in records] for name, get in TABLES[topic].items()}
     position = {name: list(map(attrgetter(name), (incoming for incoming, _ in records))) for name in POSITION}
     return Block(topic, columns | position)
 
@@ -164,54 +156,47 @@ def _value(field: str, hint: Any, get: Getter) -> Getter:
 
 
 def _table(
-    topic: str, *id_: str, without: Iterable[str] = (), renamed: Mapping[str, str] | None = None, **more: Getter
-) -> Table:
+    topic: str, *, without: Iterable[str] = (), renamed: Mapping[str, str] | None = None, **more: Getter
+) -> Mapping[str, Getter]:
     """A topic's table: its record's columns by the rule, less some, some under other names, and some more."""
     columns = {(renamed or {}).get(name, name): get for name, get in _columns(TOPICS[topic].record).items()}
     for name in without:
         del columns[name]
-    return Table(columns | more, id_)
+    return columns | more
 
 
-def _context() -> Table:
+def _context() -> Mapping[str, Getter]:
     """The batch inside is a row of `batches`; what finds and dates it is enough here."""
     batch = {name: name.removeprefix("batch_") for name in _columns(Context) if name.startswith("batch_")}
     del batch["batch_id"]
     dates = {name: name.removeprefix("batch_") for name in ("batch_started_at", "batch_ended_at")}
     return _table(
         "contexts",
-        "batch_id",
         without=batch.keys() - dates.keys(),
         renamed=dates,
         frame_ids=lambda context: [frame.frame_id for frame in context.batch.frames],
     )
 
 
-TABLES: Mapping[str, Table] = {
+TABLES: Mapping[str, Mapping[str, Getter]] = {
     # The image stays in `log`: typed rows are for questions.
-    "frames": _table("frames", "frame_id", without=("image",), inline=lambda frame: frame.image is not None),
-    "detections": _table("detections", "frame_id"),
+    "frames": _table("frames", without=("image",), inline=lambda frame: frame.image is not None),
+    "detections": _table("detections"),
     # Its own partition and epoch are those of `detections`; the row's are those of `batches`.
-    "batches": _table(
-        "batches", "batch_id", renamed={"partition": "detections_partition", "epoch": "detections_epoch"}
-    ),
+    "batches": _table("batches", renamed={"partition": "detections_partition", "epoch": "detections_epoch"}),
     "contexts": _context(),
-    "risk_events": _table("risk_events", "event_id"),
-    "labels": _table("labels", "label_id"),
-    "alerts": _table("alerts", "alert_id"),
-    "prompts": _table("prompts", *POSITION),
-    "cameras": _table("cameras", *POSITION, renamed={"partition": "partition_pin"}),
-    "replays": _table("replays", *POSITION),
-    "replay_units": _table(
-        "replay_units", "unit_id", without=("payload",), payload_size=lambda unit: len(unit.payload)
-    ),
+    "risk_events": _table("risk_events"),
+    "labels": _table("labels"),
+    "alerts": _table("alerts"),
+    "prompts": _table("prompts"),
+    "cameras": _table("cameras", renamed={"partition": "partition_pin"}),
+    "replays": _table("replays"),
+    "replay_units": _table("replay_units", without=("payload",), payload_size=lambda unit: len(unit.payload)),
     # A verdict like those of `risk_events`, with the same columns.
-    "replay_events": _table(
-        "replay_events", "event_id", renamed={f"event_{name}": name for name in _columns(RiskEvent)}
-    ),
-    "gpu_metrics": _table("gpu_metrics", "host", "device", "read_at"),
-    "dead_letters": _table("dead_letters", *POSITION, headers=lambda letter: list(letter.headers.items())),
-    "dead_letter_status": _table("dead_letter_status", *POSITION),
+    "replay_events": _table("replay_events", renamed={f"event_{name}": name for name in _columns(RiskEvent)}),
+    "gpu_metrics": _table("gpu_metrics"),
+    "dead_letters": _table("dead_letters", headers=lambda letter: list(letter.headers.items())),
+    "dead_letter_status": _table("dead_letter_status"),
 }
-"""The typed table of each stored topic."""
+"""The typed table of each stored topic: its columns and where their values come from."""
 assert tuple(TABLES) == STORED, "every stored topic has a typed table, in the catalogue's order"

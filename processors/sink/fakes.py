@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from processors.sink.core import Block
-from processors.sink.store import RefusedError
+from processors.store.connection import RefusedError
 from streams.errors import UnavailableError
 
 

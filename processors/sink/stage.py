@@ -6,8 +6,9 @@ import structlog
 
 from processors.sink import core
 from processors.sink.core import Block
-from processors.sink.settings import ClickHouseSettings
-from processors.sink.store import ClickHouseStore, RefusedError, Store
+from processors.sink.store import ClickHouseStore, Store
+from processors.store.connection import RefusedError
+from processors.store.settings import ClickHouseSettings
 from streams.messages import Incoming
 from streams.stages import Range
 from streams.topics import STORED

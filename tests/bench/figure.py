@@ -4,6 +4,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+Pair = tuple[float, float]
+"""What the product and its baseline reached, one right after the other."""
+
 
 class Figure(NamedTuple):
     """A value against its baseline, both of the same run on the same machine."""
@@ -16,6 +19,10 @@ class Figure(NamedTuple):
     ratio: float
     """Of the two, so that higher is better whatever the unit."""
     unit: str
+    aim: float | None = None
+    """The least ratio that we want; None where the figure is only shown."""
+    pairs: tuple[Pair, ...] = ()
+    """What it was made from, where it was made from pairs: their spread is the noise."""
 
     def as_json(self) -> dict[str, Any]:
         """As `bench.json` has it."""
@@ -27,8 +34,19 @@ class Figure(NamedTuple):
             "unit": self.unit,
         }
 
+    @property
+    def missed(self) -> bool:
+        """Whether the ratio, as it is shown, is below the aim."""
+        return self.aim is not None and round(self.ratio, 2) < self.aim
 
-def rate(name: str, pairs: Sequence[tuple[float, float]], unit: str) -> Figure:
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """The lowest and the highest ratio of a pair; None where there is but one."""
+        ratios = [product / bare for product, bare in self.pairs]
+        return (min(ratios), max(ratios)) if len(ratios) > 1 else None
+
+
+def rate(name: str, pairs: Sequence[Pair], unit: str, aim: float | None = None) -> Figure:
     """A figure of rates (more is better) from interleaved `(product, baseline)` pairs.
 
     The ratio is the median of the pairs' ratios, not the ratio of the medians: what disturbs the machine for a
@@ -36,9 +54,10 @@ def rate(name: str, pairs: Sequence[tuple[float, float]], unit: str) -> Figure:
     """
     value = statistics.median(product for product, _ in pairs)
     baseline = statistics.median(bare for _, bare in pairs)
-    return Figure(name, value, baseline, statistics.median(product / bare for product, bare in pairs), unit)
+    ratio = statistics.median(product / bare for product, bare in pairs)
+    return Figure(name, value, baseline, ratio, unit, aim, tuple(pairs))
 
 
 def latency(name: str, value: float, aim: float, unit: str = "ms") -> Figure:
     """A figure of latency (less is better) against its aim."""
-    return Figure(name, value, aim, aim / value, unit)
+    return Figure(name, value, aim, aim / value, unit, aim=1.0)

@@ -3,18 +3,19 @@
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import structlog
 from aiokafka import TopicPartition
 from typer.testing import CliRunner, Result
 
 from infra.cli.main import app
-from infra.cli.store import Lineage, Row
 from infra.config import Settings
 from processors.sink.core import TABLES
 from processors.sink.stage import SinkStage
 from processors.sink.store import ClickHouseStore
+from processors.store.queries import Lineage, Row
+from processors.store.settings import ClickHouseSettings
 from schemas import ids
 from schemas.records import (
     Batch,
@@ -222,21 +223,17 @@ async def put_in_store(settings: Settings, records: Sequence[Incoming]) -> None:
         await sink.close()
 
 
-class FakeStore:
-    """Stands where `Store` does, holding the story of the camera `front` as ClickHouse's tables would."""
+class FakeQueries:
+    """Stands where `Queries` does, holding the story of the camera `front` as ClickHouse's tables would."""
 
     away: Exception | None = None
     raw_answer = b"{}"
     asked: ClassVar[list[dict[str, Any]]] = []
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, _settings: ClickHouseSettings) -> None:
         self.tables = {topic: [_row(topic, n, r) for n, r in enumerate(rs)] for topic, rs in story("front").items()}
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None: ...
+    async def aclose(self) -> None: ...
 
     async def counts(self) -> dict[str, int]:
         self._answer()
@@ -269,7 +266,7 @@ class FakeStore:
         found = [row for row in self.tables["risk_events"] if row["event_id"].startswith(text)]
         return found[:limit]
 
-    async def lineage(self, event: Row) -> Lineage:
+    async def made_from(self, event: Row) -> Lineage:
         return Lineage(
             event,
             self.tables["batches"][0],
@@ -291,7 +288,7 @@ class FakeStore:
 def _row(topic: str, offset: int, record: Record) -> Row:
     """The record as a row of its table: the sink's own columns, with what ClickHouse's client makes of them."""
     row: Row = {"epoch": "f" * 8, "partition": 0, "offset": offset}
-    for name, get in TABLES[topic].columns.items():
+    for name, get in TABLES[topic].items():
         value = get(record)
         if name.endswith("_at"):
             value = [_time(ms) for ms in value] if isinstance(value, list) else _time(value)

@@ -8,7 +8,7 @@ from infra.cli import dlq
 from infra.cli.dlq import plain
 from schemas.records import DeadLetter, Frame
 from streams import codec
-from tests.infra.cli_kit import FakeStore, answer, invoke, story
+from tests.infra.cli_kit import FakeQueries, answer, invoke, story
 
 LETTER = story("front")["dead_letters"][0]
 assert isinstance(LETTER, DeadLetter)
@@ -17,9 +17,9 @@ assert isinstance(LETTER, DeadLetter)
 @pytest.fixture(autouse=True)
 def _store(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dlq, "Store", FakeStore)
-    monkeypatch.setattr(FakeStore, "away", None)
-    monkeypatch.setattr(FakeStore, "asked", [])
+    monkeypatch.setattr(dlq, "Queries", FakeQueries)
+    monkeypatch.setattr(FakeQueries, "away", None)
+    monkeypatch.setattr(FakeQueries, "asked", [])
 
 
 def row(**other: Any) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def test_ls_lists_and_hands_its_filters_on() -> None:
     output = invoke("dlq", "ls", "--stage", "detect", "--kind", "error").output
     assert "not an image\\x07" in output
     assert LETTER.origin in output
-    assert FakeStore.asked == [{"stage": "detect", "kind": "error", "limit": 50}]
+    assert FakeQueries.asked == [{"stage": "detect", "kind": "error", "limit": 50}]
 
 
 def test_show_tells_origin_error_and_fix_and_shows_strange_bytes_as_hex() -> None:

@@ -3,7 +3,7 @@
 import socket
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -128,10 +128,7 @@ async def test_clock_skew_above_two_seconds_is_refused(
     class Store:
         def __init__(self, _: object) -> None: ...
 
-        async def __aenter__(self) -> Self:
-            return self
-
-        async def __aexit__(self, *_: object) -> None: ...
+        async def aclose(self) -> None: ...
 
         async def version_and_clock(self) -> tuple[str, int]:
             return "26.8", int((time.time() + ahead_s) * 1000)
@@ -139,7 +136,7 @@ async def test_clock_skew_above_two_seconds_is_refused(
         async def pending_migrations(self) -> list[str]:
             return ["003_views"]
 
-    monkeypatch.setattr(doctor, "Store", Store)
+    monkeypatch.setattr(doctor, "Queries", Store)
     monkeypatch.setenv("REWATCH_CLICKHOUSE__URL", "http://elsewhere")
     checks = {c.name: c for c in await doctor._clickhouse(_Context(load(), {}))}
     assert checks["clock"].status == status

@@ -7,10 +7,10 @@ import pytest
 
 from infra.cli import events
 from infra.cli.events import moment
-from infra.cli.store import Lineage, Row
+from processors.store.queries import Lineage, Row
 from schemas.records import Frame
 from streams.errors import UnavailableError
-from tests.infra.cli_kit import AT, FakeStore, answer, invoke, story
+from tests.infra.cli_kit import AT, FakeQueries, answer, invoke, story
 
 EVENT = story("front")["risk_events"][0].event_id  # type: ignore[attr-defined]
 NOW = datetime(2026, 11, 2, 12, tzinfo=UTC)
@@ -19,9 +19,9 @@ NOW = datetime(2026, 11, 2, 12, tzinfo=UTC)
 @pytest.fixture(autouse=True)
 def _store(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(events, "Store", FakeStore)
-    monkeypatch.setattr(FakeStore, "away", None)
-    monkeypatch.setattr(FakeStore, "asked", [])
+    monkeypatch.setattr(events, "Queries", FakeQueries)
+    monkeypatch.setattr(FakeQueries, "away", None)
+    monkeypatch.setattr(FakeQueries, "asked", [])
 
 
 def test_ls_lists_and_its_json_holds_whole_events() -> None:
@@ -34,7 +34,7 @@ def test_ls_lists_and_its_json_holds_whole_events() -> None:
 
 def test_ls_hands_its_filters_on() -> None:
     invoke("events", "ls", "--camera", "front", "--level", "high", "--since", "2026-11-02T18:00", "--limit", "5")
-    assert FakeStore.asked == [
+    assert FakeQueries.asked == [
         {"camera": "front", "level": "high", "since": datetime(2026, 11, 2, 18, tzinfo=UTC), "limit": 5}
     ]
 
@@ -70,10 +70,10 @@ def test_an_unknown_event_names_what_is_near_and_ends_with_1() -> None:
 
 
 def test_a_beginning_of_several_lists_them_and_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def events_like(self: FakeStore, text: str, *, limit: int) -> list[Row]:
+    async def events_like(self: FakeQueries, text: str, *, limit: int) -> list[Row]:
         return [self.tables["risk_events"][0] | {"event_id": f"front:{n}"} for n in range(3)]
 
-    monkeypatch.setattr(FakeStore, "events_like", events_like)
+    monkeypatch.setattr(FakeQueries, "events_like", events_like)
     result = invoke("explain", "front")
     assert result.exit_code == 1
     assert "front:0" in result.stderr
@@ -81,7 +81,7 @@ def test_a_beginning_of_several_lists_them_and_ends_with_1(monkeypatch: pytest.M
 
 
 def test_clickhouse_away_is_3() -> None:
-    FakeStore.away = UnavailableError("store", "ClickHouse does not answer (clickhouse.url)")
+    FakeQueries.away = UnavailableError("store", "ClickHouse does not answer (clickhouse.url)")
     result = invoke("explain", EVENT)
     assert result.exit_code == 3
     assert "clickhouse.url" in result.stderr
@@ -139,10 +139,10 @@ def test_the_prompt_is_shown_when_asked_for() -> None:
 
 
 def test_explain_bears_that_rows_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def lineage(_: FakeStore, event: Row) -> Lineage:
+    async def lineage(_: FakeQueries, event: Row) -> Lineage:
         return Lineage(event, None, None, {}, {})
 
-    monkeypatch.setattr(FakeStore, "lineage", lineage)
+    monkeypatch.setattr(FakeQueries, "made_from", lineage)
     plain = answer("explain", EVENT)
     assert (plain["batch"], plain["context"], plain["frames"][0]["frame"]) == (None, None, None)
     assert "not in ClickHouse" in invoke("explain", EVENT).output

@@ -9,8 +9,8 @@ from aiokafka.errors import KafkaConnectionError
 
 from infra.cli import output
 from infra.cli.output import print_json, print_table, printable, run, text_of, when
-from infra.cli.store import QueryError
 from infra.config import Settings
+from processors.store.queries import QueryError
 from streams.admin import TopicsError
 from streams.errors import UnavailableError
 

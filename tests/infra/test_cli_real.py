@@ -13,13 +13,13 @@ from aiokafka.structs import OffsetAndMetadata
 
 from infra.config import Settings, load
 from infra.local.stack import LocalStack
-from infra.survey import survey
 from schemas.records import Frame, IngestState
 from streams import codec
 from streams.admin import ensure_topics, read_meta
 from streams.delivery import FencedProducer
 from streams.kafka import Kafka
 from streams.messages import Emit
+from streams.survey import survey
 from streams.topics import partition_of
 from tests.conftest import PARTITIONS
 from tests.infra.cli_kit import answer, invoke, put_in_store, put_on_log, story
@@ -159,8 +159,8 @@ def test_a_position_in_an_earlier_life_of_the_topic_is_none(settings: Settings, 
 def test_a_topic_too_long_to_read_is_estimated(
     settings: Settings, camera: str, bound: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"infra.survey.{bound}", 1)
-    monkeypatch.setattr("infra.survey.FETCH_RECORDS", 1)
+    monkeypatch.setattr(f"streams.survey.{bound}", 1)
+    monkeypatch.setattr("streams.survey.FETCH_RECORDS", 1)
     found = asyncio.run(survey(Kafka(settings.kafka)))
     assert not found.records["frames"].exact
     assert found.records["frames"].records >= 4  # markers and the tick too

@@ -12,11 +12,11 @@ from aiokafka.errors import KafkaConnectionError
 
 from infra.cli import show
 from infra.config import load
-from infra.survey import READS, Count, Position, Survey
 from schemas.records import TopicMeta
 from streams.errors import UnavailableError
+from streams.survey import READS, Count, Position, Survey
 from streams.topics import STORED
-from tests.infra.cli_kit import FakeStore, answer, invoke
+from tests.infra.cli_kit import FakeQueries, answer, invoke
 
 Look = Callable[..., Survey]
 
@@ -37,8 +37,8 @@ def look(*, behind: int = 0, frames: Count = Count(3, exact=True)) -> Survey:  #
 def log(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[[Survey | Exception], None]:
     """Sets what the log looks like; a store that has the story stands beside it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(show, "Store", FakeStore)
-    monkeypatch.setattr(FakeStore, "away", None)
+    monkeypatch.setattr(show, "Queries", FakeQueries)
+    monkeypatch.setattr(FakeQueries, "away", None)
 
     def use(found: Survey | Exception) -> None:
         async def survey(*_: Any, **__: Any) -> Survey:
@@ -122,7 +122,7 @@ def test_status_without_a_broker_still_tells_of_clickhouse_and_ends_with_3(log: 
 def test_status_without_clickhouse_still_tells_of_the_log_and_ends_with_3(
     log: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeStore, "away", UnavailableError("store", "ClickHouse does not answer (clickhouse.url)"))
+    monkeypatch.setattr(FakeQueries, "away", UnavailableError("store", "ClickHouse does not answer (clickhouse.url)"))
     state = answer("status", code=3)
     assert state["topics"][0] == {"topic": "frames", "records": 3, "exact": True, "in_clickhouse": None}
     assert "clickhouse.url" in state["problems"][0]["message"]

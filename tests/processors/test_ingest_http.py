@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from processors.ingest.fakes import MemoryCameras, MemoryLog
 from processors.ingest.http import build_app
 from processors.ingest.service import Service
-from processors.ingest.settings import IngestSettings, SettingsError, UploadSettings
+from processors.ingest.settings import IngestSettings, UploadSettings
 from streams.claims import ClaimStore
 from streams.errors import UnavailableError
+from streams.serving import SettingsError
 from tests.processors.ingest_kit import appenders, jpeg, png
 
 URL = "/api/upload?camera=front"

@@ -5,10 +5,10 @@ from array import array
 import pytest
 from aiokafka import TopicPartition
 
-from infra import survey
-from infra.survey import READS, Count, _count, _Seen, _since
 from processors.detect.stage import DetectStage
 from processors.sink.stage import SinkStage
+from streams import survey
+from streams.survey import READS, Count, _count, _Seen, _since
 from streams.topics import STORED
 
 TP = TopicPartition("frames", 0)

@@ -1,15 +1,16 @@
-"""The questions that commands put to ClickHouse, beyond the sink's own; tables as `schemas/clickhouse` has them."""
+"""What the product itself asks ClickHouse: counts, events and their lineage, dead letters. People ask in SQL."""
 
+import asyncio
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 from clickhouse_connect.driver.exceptions import DatabaseError
 
-from infra.config import Settings
-from processors.sink.queries import Queries
-from processors.sink.store import Connection
+from processors.store.connection import Connection
+from processors.store.settings import ClickHouseSettings
 from schemas.migrations import migrations, pending
+from streams.topics import STORED
 
 Row = dict[str, Any]
 
@@ -21,6 +22,21 @@ _LETTER = """
     s.status AS status
 """
 _STATUS = "SELECT origin, argMax(status, (at, offset)) AS status FROM dead_letter_status FINAL GROUP BY origin"
+
+_IDS: Mapping[str, tuple[str, ...]] = {
+    "frames": ("frame_id",),
+    "detections": ("frame_id",),
+    "batches": ("batch_id",),
+    "contexts": ("batch_id",),
+    "risk_events": ("event_id",),
+    "labels": ("label_id",),
+    "alerts": ("alert_id",),
+    "replay_units": ("unit_id",),
+    "replay_events": ("event_id",),
+    "gpu_metrics": ("host", "device", "read_at"),
+}
+"""The columns of typed tables that tell one record from another; of the others their position does."""
+_POSITION = ("epoch", "partition", "offset")
 
 
 class QueryError(ValueError):
@@ -39,22 +55,81 @@ class Lineage(NamedTuple):
     """By frame_id."""
 
 
-class Store:
-    """A connection to ClickHouse. Use it as an async context manager.
+class Count(NamedTuple):
+    """What ClickHouse has of a topic, counted by name: rows that came twice count once."""
 
-    Its methods raise `UnavailableError` when ClickHouse is away or the tables are not there.
+    records: int
+    """Records in `log`, by epoch, partition and offset, ticks left out."""
+    ids: int
+    """Records in the typed table, by id."""
+    undecodable: int
+    """Records in `log` that have no typed row."""
+
+
+class Queries:
+    """The read side of the store. Close it with `aclose`.
+
+    Times are aware datetimes in UTC. Its methods raise `UnavailableError` when ClickHouse is away or lacks the tables.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._connection = Connection(settings.clickhouse)
-        self._queries = Queries(settings.clickhouse)
+    def __init__(self, settings: ClickHouseSettings) -> None:
+        self._connection = Connection(settings)
 
-    async def __aenter__(self) -> Self:
-        return self
+    async def in_clickhouse(self) -> dict[str, Count]:
+        """What ClickHouse has of each stored topic, counted row by row: the audit. View `pipeline_lag` is cheaper."""
+        counted = " UNION ALL ".join(
+            f"SELECT '{topic}' AS topic, uniqExact(({', '.join(_IDS.get(topic, _POSITION))})) AS ids FROM {topic}"  # noqa: S608 (our names)
+            for topic in STORED
+        )
+        log, typed = await asyncio.gather(
+            self.rows(
+                "SELECT topic, countIf(NOT tick) AS records, countIf(decode_error != '') AS undecodable "
+                "FROM log FINAL GROUP BY topic"
+            ),
+            self.rows(counted),
+        )
+        ids = {row["topic"]: row["ids"] for row in typed}
+        kept = {row["topic"]: row for row in log}
+        return {
+            topic: Count(kept[topic]["records"], ids[topic], kept[topic]["undecodable"])
+            if topic in kept
+            else Count(0, ids[topic], 0)
+            for topic in STORED
+        }
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._queries.aclose()
-        await self._connection.close()
+    async def events(
+        self,
+        *,
+        camera: str | None = None,
+        level: str | None = None,
+        since: datetime | None = None,
+        limit: int,
+        order: Literal["time", "risk"] = "time",
+    ) -> list[Row]:
+        """Live events as the view `events` has them: the newest first, or the riskiest."""
+        by = {"time": "started_at DESC", "risk": "risk_score DESC, started_at DESC"}[order]
+        return await self.rows(
+            "SELECT * FROM events WHERE ({camera:String} = '' OR camera_id = {camera:String}) "  # noqa: S608 (our words)
+            "AND ({level:String} = '' OR risk_level = {level:String}) "
+            "AND started_at >= fromUnixTimestamp64Milli({since:Int64}) "
+            f"ORDER BY {by}, event_id LIMIT {{limit:UInt32}}",
+            camera=camera or "",
+            level=level or "",
+            since=0 if since is None else int(since.timestamp() * 1000),
+            limit=limit,
+        )
+
+    async def event(self, event_id: str) -> Row | None:
+        """Everything that is kept of a live event, its names for people too; None where there is no such event."""
+        made, shown = await asyncio.gather(
+            self.rows("SELECT * FROM risk_events FINAL WHERE event_id = {id:String}", id=event_id),
+            self.rows("SELECT * FROM events WHERE event_id = {id:String}", id=event_id),
+        )
+        return {**made[0], **shown[0]} if made and shown else None
+
+    async def lineage(self, event_id: str) -> list[Row]:
+        """Rows of the view `event_lineage`: the event's frames in order."""
+        return await self.rows("SELECT * FROM event_lineage WHERE event_id = {id:String} ORDER BY n", id=event_id)
 
     async def version_and_clock(self) -> tuple[str, int]:
         """The engine's version, and its wall time in milliseconds since the Unix epoch."""
@@ -76,7 +151,7 @@ class Store:
 
     async def counts(self) -> dict[str, int]:
         """Records by topic, each counted once by its id; what could not be decoded is counted by its offset."""
-        return {topic: count.ids + count.undecodable for topic, count in (await self._queries.in_clickhouse()).items()}
+        return {topic: count.ids + count.undecodable for topic, count in (await self.in_clickhouse()).items()}
 
     async def dead_letter_counts(self) -> list[Row]:
         """How many dead letters are open, by stage and kind."""
@@ -103,21 +178,6 @@ class Store:
             limit=limit,
         )
 
-    async def events(
-        self, *, camera: str | None = None, level: str | None = None, since: datetime | None = None, limit: int
-    ) -> list[Row]:
-        """Live events, newest first."""
-        return await self.rows(
-            "SELECT * FROM events WHERE ({camera:String} = '' OR camera_id = {camera:String}) "
-            "AND ({level:String} = '' OR risk_level = {level:String}) "
-            "AND started_at >= fromUnixTimestamp64Milli({since:Int64}) "
-            "ORDER BY started_at DESC, event_id LIMIT {limit:UInt32}",
-            camera=camera or "",
-            level=level or "",
-            since=0 if since is None else int(since.timestamp() * 1000),
-            limit=limit,
-        )
-
     async def events_like(self, text: str, *, limit: int) -> list[Row]:
         """Live events whose id begins so, with or without the camera's name before it."""
         return await self.rows(
@@ -129,8 +189,8 @@ class Store:
             limit=limit,
         )
 
-    async def lineage(self, event: Row) -> Lineage:
-        """What the event was made from."""
+    async def made_from(self, event: Row) -> Lineage:
+        """The rows that the event was made from."""
         of_batch = {"camera": event["camera_id"], "batch": event["batch_id"]}
         of_frames = {"camera": event["camera_id"], "frames": list(event["frame_ids"])}
         by_batch = "WHERE camera_id = {camera:String} AND batch_id = {batch:String}"
@@ -169,6 +229,10 @@ class Store:
                     raise
                 raise QueryError(_own_words(error).replace(f"\n FORMAT {fmt}", "")) from error
         return answer
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self._connection.close()
 
 
 def _own_words(error: DatabaseError) -> str:

@@ -1,0 +1,161 @@
+"""HTTP endpoints of processes: a listening socket, serving until told to stop, and who may ask.
+
+Ingest's uploads, the gateway's pages and every processor's metrics are served by this.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import socket
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import uvicorn
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+# Answers in hand get this long after a stop: as long as their transactions have, seconds.
+_DRAIN_S = 5
+
+
+class SettingsError(Exception):
+    """A setting cannot be used here; the message names it and the fix."""
+
+
+class EndpointSettings(BaseModel):
+    """Where an endpoint listens, and whom it lets in. Subclasses name their section and their default port."""
+
+    model_config = ConfigDict(extra="forbid")
+    section: ClassVar[str]
+    """The dotted name of the section, to be named in errors."""
+
+    enabled: bool = True
+    host: str = Field(default="127.0.0.1", description="Address to listen on; other than loopback needs an api_key.")
+    port: int = Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_key: SecretStr | None = Field(
+        default=None,
+        description="Asked for as `Authorization: Bearer` or `X-API-Key`. It belongs in the environment.",
+    )
+    tls: Literal["auto", "off"] = Field(
+        default="auto", description="`auto` listens with TLS where a certificate is set."
+    )
+    tls_cert_path: Path | None = Field(default=None, description="PEM certificate chain: listen with TLS.")
+    tls_key_path: Path | None = Field(default=None, description="PEM key of tls_cert_path.")
+    tls_min_version: Literal["1.2", "1.3"] = Field(default="1.2", description="Oldest TLS that is spoken.")
+
+    @model_validator(mode="after")
+    def _open_to_others(self) -> Self:
+        name = self.section
+        if self.enabled and self.api_key is None and not _is_loopback(self.host):
+            raise ValueError(
+                f"{name}.host {self.host} can be reached by others: set {name}.api_key "
+                f"({_variable(name)}__API_KEY), or listen on 127.0.0.1",
+            )
+        if self.api_key is not None and not self.api_key.get_secret_value():
+            raise ValueError(f"{name}.api_key is empty: set one, or leave it out")
+        if (self.tls_cert_path is None) != (self.tls_key_path is None):
+            raise ValueError(f"{name}.tls_cert_path and {name}.tls_key_path belong together: set both")
+        return self
+
+    @property
+    def with_tls(self) -> bool:
+        """Whether it listens with TLS."""
+        return self.tls == "auto" and self.tls_cert_path is not None
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host).strip("[]")  # noqa: S104 (looked up, not bound)
+        scheme = "https" if self.with_tls else "http"
+        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
+
+    def lets_in(self, headers: Mapping[str, str]) -> bool:
+        """Whether a request with these headers carries the key, or none is asked for."""
+        if self.api_key is None:
+            return True
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else "")
+        return hmac.compare_digest(given.encode(), self.api_key.get_secret_value().encode())
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without its signal handlers: stopping is the host's, by an event."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(settings: EndpointSettings) -> socket.socket:
+    """The endpoint's socket, bound and listening.
+
+    Raises:
+        SettingsError: the address or port cannot be had.
+    """
+    host = settings.host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, settings.port), family=family, backlog=512)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
+            f"set {settings.section}.port ({_variable(settings.section)}__PORT) to a free one",
+        ) from error
+    # Connections inherit it. asyncio does not set it on those of a listener that it did not make, and each answer
+    # on a kept connection would wait 40 ms for an acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+async def serve(
+    app: Callable[..., Any], settings: EndpointSettings, listener: socket.socket, stop: asyncio.Event
+) -> None:
+    """Serve an ASGI app on a socket of `listen` until `stop` is set; answers in hand then get 5 s to be finished.
+
+    Raises:
+        RuntimeError: the server ended by itself.
+        SettingsError: the certificate or its key cannot be used.
+    """
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=30,  # cameras and scrapers come every few seconds: keep their connections
+        timeout_graceful_shutdown=_DRAIN_S,
+        ssl_certfile=settings.tls_cert_path if settings.with_tls else None,
+        ssl_keyfile=settings.tls_key_path if settings.with_tls else None,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"{settings.section}.tls_cert_path or .tls_key_path cannot be used: {error}") from error
+    if config.ssl is not None:
+        config.ssl.minimum_version = ssl.TLSVersion[f"TLSv{settings.tls_min_version.replace('.', '_')}"]
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+        server.should_exit = True
+        await serving
+        listener.close()
+    if not stop.is_set():
+        raise RuntimeError("the HTTP endpoint ended by itself")
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an endpoint that listens on the address or name."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _variable(section: str) -> str:
+    return f"REWATCH_{section.upper().replace('.', '__')}"
