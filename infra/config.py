@@ -7,10 +7,10 @@ Order of precedence: REWATCH_<SECTION>__<NAME> in the environment, the names tha
 import difflib
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Secret, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -19,12 +19,15 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from infra.logs import LogSettings
 from processors.analyze.settings import LlmSettings
 from processors.batch.settings import WindowsSettings
 from processors.detect.settings import DetectorSettings
+from processors.gateway.settings import GatewaySettings
 from processors.ingest.settings import IngestSettings
 from processors.store.settings import ClickHouseSettings
 from streams.kafka import KafkaSettings
+from streams.scraping import MetricsSettings
 
 ALIASES: dict[str, str] = {
     "RTDETR_URL": "detector.url",
@@ -41,8 +44,10 @@ ALIASES: dict[str, str] = {
     "TLS_CERT_PATH": "ingest.upload.tls_cert_path",
     "TLS_KEY_PATH": "ingest.upload.tls_key_path",
     "TLS_MIN_VERSION": "ingest.upload.tls_min_version",
+    "REWATCH_LOG_FORMAT": "log.format",
+    "REWATCH_LOG_LEVEL": "log.level",
 }
-"""Environment names of the services that this product's users come from, and the settings they set."""
+"""Environment names of the services that this product's users come from, short ones, and the settings they set."""
 
 
 _PREFIX = "REWATCH_"
@@ -109,7 +114,10 @@ class Settings(BaseSettings):
     llm: LlmSettings = LlmSettings()
     windows: WindowsSettings = WindowsSettings()
     ingest: IngestSettings = IngestSettings()
+    gateway: GatewaySettings = GatewaySettings()
     stages: StagesSettings = StagesSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    log: LogSettings = LogSettings()
     local: LocalSettings = LocalSettings()
 
     @classmethod
@@ -134,7 +142,14 @@ class Settings(BaseSettings):
         return self.images or str(self.data_dir / "images")
 
     def model_post_init(self, _: Any, /) -> None:
-        """Services whose address nobody set are this machine's own, at the ports of `local:`."""
+        """Services whose address nobody set are this machine's own, at the ports of `local:`.
+
+        The inbox lies with the data unless somebody set it: two data directories never share one.
+        """
+        folder = self.ingest.folder
+        if "root" not in folder.model_fields_set:
+            folder = folder.model_copy(update={"root": self.data_dir / "inbox"})
+            self.ingest = self.ingest.model_copy(update={"folder": folder})
         local = self.local
         for section, name, address in (
             ("kafka", "bootstrap_servers", f"127.0.0.1:{local.kafka_port}"),
@@ -234,7 +249,7 @@ def _check_environment() -> None:
     problems = []
     for variable in os.environ:
         name = variable.upper()
-        if name.startswith(_PREFIX) and name not in known and not name.startswith(leaves):
+        if name.startswith(_PREFIX) and name not in known and name not in ALIASES and not name.startswith(leaves):
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else "`rewatch config show` lists all"
             problems.append(f"{variable} (environment): there is no such setting; {hint}")
@@ -246,21 +261,42 @@ def _explain(problem: Any, file: Path | None) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     where = f"{file}: " if file is not None else ""
     if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(path, known_settings(), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(path, {*known_settings(), *_beside(path)}, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else "`rewatch config show` lists all"
         return f"{where}{path}: there is no such setting; {hint}"
     got = problem["input"]
-    # A section's values are not repeated, and a secret's never: this goes to terminals and logs.
-    shown = f" (got {got!r})" if isinstance(got, str | int | float) and not _is_secret(path) else ""
+    # A section's values are not repeated, and a secret's never: this goes to terminals and logs. What stands where a
+    # map should may be an address with a password.
+    hidden = _is_secret(path) or (isinstance(got, str) and "://" in got)
+    shown = f" (got {got!r})" if isinstance(got, str | int | float) and not hidden else ""
     return f"{where}{path}: {problem['msg']}{shown}"
 
 
 def _is_secret(path: str) -> bool:
-    model: Any = Settings
-    annotation: Any = None
+    annotation = _reached(path)
+    kinds = (annotation, *get_args(annotation))
+    return any(isinstance(kind, type) and issubclass(kind, Secret | SecretStr) for kind in kinds)
+
+
+def _beside(path: str) -> list[str]:
+    """The settings beside this one, where a person's own name is above them: `ingest.snapshots.driveway.url`."""
+    above = path.rpartition(".")[0]
+    section = _reached(above)
+    is_section = isinstance(section, type) and issubclass(section, BaseModel)
+    return [f"{above}.{name}" for name in section.model_fields] if is_section else []
+
+
+def _reached(path: str) -> Any:
+    """The type of a setting, or of what is above it where there is none of that name."""
+    annotation: Any = Settings
     for part in path.split("."):
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            field = annotation.model_fields.get(part)
+            if field is None:
+                break
+            annotation = field.annotation
+        elif get_origin(annotation) is dict:  # `part` is a person's own name: what counts is what it names
+            annotation = get_args(annotation)[1]
+        else:
             break
-        model = annotation = field.annotation
-    return annotation is SecretStr or SecretStr in get_args(annotation)
+    return annotation

@@ -8,17 +8,18 @@ import json
 import shutil
 import time
 from contextlib import aclosing
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
 from infra.cli import output
+from infra.cli.lifecycle import Stop, bring_up, duration, narrate
 from infra.cli.show import collect
 from infra.config import Settings
 from infra.installation import Installation
@@ -42,14 +43,17 @@ TRY = (
 
 # A demo makes some 15 events; this is a month of demos.
 _MANY = 1000
+_MONTH = timedelta(days=30)
 
 
 class DemoError(RuntimeError):
     """The demo did not end as it must; the message says what is missing."""
 
 
-async def run_demo(settings: Settings, config: Path | None, stop: asyncio.Event) -> None:
+async def run_demo(settings: Settings, config: Path | None, console: Console, stop: Stop) -> bool:
     """Play the footage, show the events, write `<data_dir>/demo.json`.
+
+    Returns False where it was asked to stop before the end.
 
     Raises:
         DemoError: not every frame came out at the other end.
@@ -57,54 +61,99 @@ async def run_demo(settings: Settings, config: Path | None, stop: asyncio.Event)
     folder = settings.ingest.folder
     if not folder.enabled or folder.after == "leave":
         raise DemoError("the demo plays through the inbox: set ingest.folder.enabled on, ingest.folder.after to move")
-    console = output.console()
     began = time.monotonic()
     seconds: dict[str, float] = {"install": _install_seconds()}
-    console.print("[bold]rewatch demo[/bold]: three cameras, one day, everything on this machine")
-    console.print("first run downloads the Kafka broker: 46 jars, 45 MB, kept for later runs")
-    with console.status("starting Kafka, ClickHouse, llama.cpp and six stages ..."):
-        installation = Installation(settings, config)
-        await installation.__aenter__()
+    console.print("[bold]rewatch demo[/bold]: three cameras, one day, everything on this machine", soft_wrap=True)
+    installation = Installation(settings, config)
+    if not await bring_up(installation, console, stop):
+        console.print("stopped before anything was played", soft_wrap=True)
+        return False
+    progress = _Progress()
+    telling = asyncio.create_task(narrate(installation, console))
     try:
         seconds["start"] = time.monotonic() - began
-        console.print(f"up after {seconds['start']:.0f} s")
-        footage = await asyncio.to_thread(_render, settings)
-        playing = asyncio.create_task(_play(settings, footage))
-        watching = asyncio.create_task(_watch(settings, console, began, seconds))
-        stopping = asyncio.create_task(stop.wait())
+        showing = asyncio.create_task(_show(settings, console, progress, began, seconds))
+        stopping = asyncio.create_task(stop.asked.wait())
         try:
-            await asyncio.wait({playing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if stop.is_set():
-                return
-            await playing
-            state = await _drained(settings, console, len(footage.frames))
+            await asyncio.wait({showing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.asked.is_set():
+                return False
+            state = await showing
         finally:
-            for task in (playing, watching, stopping):
+            for task in (showing, stopping):
                 task.cancel()
-            await asyncio.gather(playing, watching, stopping, return_exceptions=True)
+            await asyncio.gather(showing, stopping, return_exceptions=True)
         await _finish(settings, console)
     finally:
+        telling.cancel()
         with console.status("stopping ..."):
             await installation.__aexit__(None, None, None)
+        if stop.asked.is_set():
+            console.print(progress.summary(settings, time.monotonic() - began), soft_wrap=True)
     seconds["total"] = time.monotonic() - began
     state["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     (settings.data_dir / "demo.json").write_text(json.dumps(state, indent=2))
-    console.print(f"{seconds['total']:.0f} s in all; the data stay: `rewatch up` goes on from them")
+    console.print(f"{seconds['total']:.0f} s in all; the data stay in {settings.data_dir}", soft_wrap=True)
+    return True
+
+
+class _Progress:
+    """How far a demo is, for whoever stops it."""
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self.taken = 0
+        self.events = 0
+
+    def summary(self, settings: Settings, seconds: float) -> str:
+        """A line for people."""
+        return (
+            f"stopped after {duration(seconds)}: {self.taken} of {self.frames} frames taken, {self.events} events; "
+            f"data stay in {settings.data_dir}, and `rewatch up` goes on with what is left"
+        )
+
+
+async def _show(
+    settings: Settings, console: Console, progress: _Progress, began: float, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Play, print events as they come, wait for the end; return what `rewatch status --json` says then."""
+    with console.status("drawing the day: 11 small stories at three cameras ..."):
+        footage = await asyncio.to_thread(_render, settings)
+    progress.frames = len(footage.frames)
+    console.print(
+        f"playing {progress.frames} frames into {settings.ingest.folder.root}/; what is found, as it is found:",
+        soft_wrap=True,
+    )
+    watching = asyncio.create_task(_watch(settings, console, progress, began, seconds))
+    try:
+        await _play(settings, footage, progress, console)
+        return await _drained(settings, console, len(footage.frames))
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 def _render(settings: Settings) -> Footage:
-    """A day of footage that this data directory has not seen: each demo is a day later, or it would find repeats."""
+    """A day of footage that this data directory has not seen: a day twice would only be repeats."""
     directory = settings.data_dir / "demo"
-    runs = sorted(directory.glob("day-*"))
-    day = datetime.now(UTC).date() - timedelta(days=30 - len(runs) % 30)
-    return write_footage(directory / f"day-{len(runs):03d}", day=day)
+    drawn = {date.fromisoformat(path.name) for path in directory.glob("????-??-??")}
+    day = next_day(drawn, datetime.now(UTC).date())
+    return write_footage(directory / day.isoformat(), day=day)
 
 
-async def _play(settings: Settings, footage: Footage) -> None:
+def next_day(drawn: set[date], today: date) -> date:
+    """The day to draw: the first lies a month back, each next one a day later, and from today on they go backwards."""
+    if not drawn:
+        return today - _MONTH
+    later = max(drawn) + timedelta(days=1)
+    return later if later < today else min(drawn) - timedelta(days=1)
+
+
+async def _play(settings: Settings, footage: Footage, progress: _Progress, console: Console) -> None:
     """Drop the files into the inbox as cameras do, in order; then say that no more will come."""
     inbox = settings.ingest.folder.root
-    with Progress(transient=True) as progress:
-        task = progress.add_task("frames", total=len(footage.frames))
+    with Bar(transient=True, console=console) as bar:
+        task = bar.add_task("frames", total=len(footage.frames))
         waiting: list[Path] = []
         for frame in footage.frames:
             target = inbox / frame.camera / frame.path.name
@@ -116,7 +165,8 @@ async def _play(settings: Settings, footage: Footage) -> None:
         while waiting:
             await asyncio.sleep(0.1)
             waiting = [path for path in waiting if path.exists()]
-            progress.update(task, completed=len(footage.frames) - len(waiting))
+            progress.taken = len(footage.frames) - len(waiting)
+            bar.update(task, completed=progress.taken)
     kafka = Kafka(settings.kafka)
     producer = kafka.producer()
     await producer.start()
@@ -134,7 +184,9 @@ async def _play(settings: Settings, footage: Footage) -> None:
         await producer.stop()
 
 
-async def _watch(settings: Settings, console: Console, began: float, seconds: dict[str, float]) -> None:
+async def _watch(
+    settings: Settings, console: Console, progress: _Progress, began: float, seconds: dict[str, float]
+) -> None:
     """Print each event as it arrives in ClickHouse."""
     async with aclosing(Queries(settings.clickhouse)) as queries:
         seen = {event["event_id"] for event in await queries.events(limit=_MANY)}
@@ -142,6 +194,7 @@ async def _watch(settings: Settings, console: Console, began: float, seconds: di
             for event in reversed(await queries.events(limit=_MANY)):
                 if event["event_id"] not in seen:
                     seen.add(event["event_id"])
+                    progress.events += 1
                     seconds.setdefault("first_event", time.monotonic() - began)
                     level = output.level_text(event["risk_level"], event["risk_score"])
                     level.pad_right(12 - len(level))
@@ -209,11 +262,12 @@ async def _finish(settings: Settings, console: Console) -> None:
         if topic["records"]:
             counts.add_row(topic["topic"], str(topic["records"]), str(topic["in_clickhouse"]))
     console.print(counts)
-    console.print("[bold]try[/bold], with `rewatch up` running:")
-    for query in TRY:
-        console.print(f'  .venv/bin/rewatch sql "{query}"', soft_wrap=True)
+    console.print("[bold]look further[/bold], with `.venv/bin/rewatch up` running on the same data:")
     if riskiest:
-        console.print(f"  .venv/bin/rewatch explain {_short(riskiest[0]['event_id'])}", soft_wrap=True)
+        console.print(f"  .venv/bin/rewatch explain {_short(riskiest[0]['event_id'])}", soft_wrap=True, highlight=False)
+    for query in TRY:
+        console.print(f'  .venv/bin/rewatch sql "{query}"', soft_wrap=True, highlight=False)
+    console.print("  .venv/bin/rewatch --help", soft_wrap=True)
 
 
 def _short(event_id: str) -> str:

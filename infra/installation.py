@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -79,35 +80,54 @@ class Installation:
         name = stage if count == 1 else f"{stage}-{index + 1}"
         status = (self.settings.data_dir / "status" / f"{name}.json").resolve()
         config = ["--config", str(self._config)] if self._config else []
-        needs = {"kafka": self.settings.local_kafka}
+        metrics = str(topology.metrics_port_of(self.settings, stage, index))
+        needs = {"kafka": self.settings.local_kafka and stage != "gateway"}
         return ProcessSpec(
             name=name,
-            argv=[sys.executable, "-m", "infra.worker", stage, "--status", str(status), *config],
+            argv=[
+                *(sys.executable, "-m", "infra.worker", stage),
+                *("--status", str(status), "--metrics-port", metrics, *config),
+            ],
             env={"PYTHONUNBUFFERED": "1"},
             needs=tuple(need for need, local in needs.items() if local),
             patient=True,
             ready=lambda: _ready(stage, status),
-            stalled=None if stage == "ingest" else (lambda: _stalled(status)),
+            stalled=None if stage in topology.DOORS else Watchdog(status).stalled,
             cleanup=lambda: status.unlink(missing_ok=True),
             ready_timeout=_READY_S,
         )
 
 
+class Watchdog:
+    """Why the supervisor should restart a stage: it says so itself, or has stopped saying anything.
+
+    Silence is measured by the monotonic clock: when the wall clock is set, or a laptop wakes, nobody has been silent.
+    """
+
+    def __init__(self, status: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._status = status
+        self._clock = clock
+        self._touched = 0
+        self._heard_at = clock()
+
+    async def stalled(self) -> str | None:
+        """The reason, or None while it lives or says what it waits on."""
+        report = _report(self._status)
+        if report is None:
+            return None
+        touched = self._status.stat().st_mtime_ns  # also where the disk has no room for a report
+        if touched != self._touched:
+            self._touched, self._heard_at = touched, self._clock()
+        silent = self._clock() - self._heard_at
+        if silent > STALL_S:
+            return f"its loop has not ticked for {silent:.0f} s"
+        return report["stall"] if isinstance(report["stall"], str) else None
+
+
 async def _ready(stage: str, status: Path) -> bool:
-    """A stage is ready once it is a member of its group; ingest once it listens, and only then it reports."""
+    """A stage is ready once it is a member of its group; a door once it listens, and only then it reports."""
     report = _report(status)
-    return bool(report and _runs(int(report["pid"])) and (stage == "ingest" or report["generation"] >= 0))
-
-
-async def _stalled(status: Path) -> str | None:
-    """Why the supervisor should restart the stage: it says so itself, or has stopped saying anything."""
-    report = _report(status)
-    if report is None:
-        return None
-    silent = time.time() - status.stat().st_mtime  # touched even when the disk has no room for a report
-    if silent > STALL_S:
-        return f"its loop has not ticked for {silent:.0f} s"
-    return report["stall"] if isinstance(report["stall"], str) else None
+    return bool(report and _runs(int(report["pid"])) and (stage in topology.DOORS or report["generation"] >= 0))
 
 
 def _report(status: Path) -> dict[str, Any] | None:

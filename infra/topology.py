@@ -13,15 +13,18 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from infra.config import Settings
+from infra.models import library
 from schemas.records import TopicMeta
 from streams.admin import ensure_topics, epochs_of
 from streams.claims import ClaimStore
 from streams.control import Cameras, Prompts
 from streams.kafka import Kafka
+from streams.scraping import Endpoint
 from streams.stages import Stage
 
 if TYPE_CHECKING:
     from processors.detect.detector import Detector
+    from processors.gateway.service import Service as Gateway
     from streams.host_faust import FaustHost
     from streams.host_raw import RawHost
 
@@ -30,8 +33,11 @@ log = structlog.get_logger(__name__)
 STAGES = ("detect", "batch", "enrich", "analyze", "sink")
 """The stages with an input partition, in the order of the road."""
 
-PROCESSES = ("ingest", *STAGES)
-"""Everything that `rewatch run` runs."""
+DOORS = ("ingest", "gateway")
+"""What takes images in, and what shows the rest: they have no input partition, so no group to be a member of."""
+
+PROCESSES = (*DOORS, *STAGES)
+"""Everything that `rewatch run` runs; the order decides the metrics' ports."""
 
 DEMO_MODELS = Path(__file__).parent / "models" / "weights"
 
@@ -48,11 +54,27 @@ def cameras(settings: Settings, kafka: Kafka) -> Cameras:
 
 def processes(settings: Settings, name: str) -> int:
     """How many processes of it `rewatch up` starts."""
-    return 1 if name == "ingest" else int(getattr(settings.stages, name).processes)
+    if name in DOORS:
+        return 0 if name == "gateway" and not settings.gateway.enabled else 1
+    return int(getattr(settings.stages, name).processes)
 
 
-async def run(settings: Settings, name: str, stop: asyncio.Event, status: Path) -> None:
-    """Run one stage, or ingest, until `stop` is set; say how it is in the `status` file.
+def metrics_port_of(settings: Settings, name: str, index: int = 0) -> int:
+    """Where the process `index` of a stage, from 0, serves its metrics."""
+    return settings.metrics.port_of(PROCESSES.index(name), index)
+
+
+async def run(
+    settings: Settings, name: str, stop: asyncio.Event, status: Path, *, metrics_port: int | None = None
+) -> None:
+    """Run one stage, or a door, until `stop` is set; say how it is in the `status` file.
+
+    Args:
+        settings: everything that is set.
+        name: one of `PROCESSES`.
+        stop: set it to end.
+        status: the file that says how it is.
+        metrics_port: where it serves its metrics, 0 for a free port; by default that of the stage's first process.
 
     Raises:
         TopicsError: the topics on the broker are not what the settings say.
@@ -61,11 +83,16 @@ async def run(settings: Settings, name: str, stop: asyncio.Event, status: Path) 
     kafka = Kafka(settings.kafka)
     known, prompts = cameras(settings, kafka), Prompts(kafka)
     # Importing and loading a model takes seconds, and so may the broker: neither waits for the other.
-    building = (
-        None if name == "ingest" else asyncio.create_task(asyncio.to_thread(build, settings, name, known, prompts))
-    )
-    metas = await _topics(kafka, stop)
+    building = None if name in DOORS else asyncio.create_task(asyncio.to_thread(build, settings, name, known, prompts))
+    port = metrics_port_of(settings, name) if metrics_port is None else metrics_port
     async with AsyncExitStack() as stack:
+        endpoint = await stack.enter_async_context(
+            Endpoint(settings.metrics.model_copy(update={"port": port}), status.parent)
+        )
+        if name == "gateway":  # it shows what is away, so it waits for nothing
+            await gateway(settings, kafka, known, status, endpoint).run(stop)
+            return
+        metas = await _topics(kafka, stop)
         await stack.enter_async_context(known.table.following())
         await stack.enter_async_context(prompts.table.following())
         if building is None:
@@ -73,10 +100,37 @@ async def run(settings: Settings, name: str, stop: asyncio.Event, status: Path) 
 
             claims = ClaimStore(settings.images_root)
             epoch = metas["frames"].epoch
-            await run_ingest(kafka, settings.ingest, known, claims, stop, epoch=epoch, status=status)
+            await run_ingest(kafka, settings.ingest, known, claims, stop, epoch=epoch, status=status, endpoint=endpoint)
             return
         stage = await building
-        await _host(getattr(settings.stages, name).host)(kafka, stage, epochs=epochs_of(metas), status=status).run(stop)
+        host = _host(getattr(settings.stages, name).host)(kafka, stage, epochs=epochs_of(metas), status=status)
+        host.workers.liveness.metrics = endpoint.url
+        endpoint.registry.register(host.workers.collector)
+        await host.run(stop)
+
+
+def gateway(settings: Settings, kafka: Kafka, known: Cameras, status: Path, endpoint: Endpoint) -> "Gateway":
+    """The web door with the parts that the settings choose."""
+    from processors.gateway.service import Service, build_source
+    from processors.gateway.upload import Uploads
+
+    upload = settings.ingest.upload
+    start = "start it with `rewatch up`, or set"
+    fixes = {
+        "broker": f"{start} kafka.bootstrap_servers" if settings.local_kafka else "look there",
+        "clickhouse": f"; {start} clickhouse.url" if settings.local_clickhouse else "",
+    }
+    source = build_source(
+        kafka, settings.clickhouse, known, ClaimStore(settings.images_root), settings.data_dir, fixes=fixes
+    )
+    uploads = Uploads(
+        settings.gateway.ingest_url or upload.url,
+        key=upload.api_key.get_secret_value() if upload.api_key is not None else None,
+        certificate=upload.tls_cert_path if upload.with_tls else None,
+        at_once=settings.gateway.max_uploads,
+        timeout_s=settings.gateway.upload_timeout_s,
+    )
+    return Service(source, settings.gateway, uploads, status=status, endpoint=endpoint)
 
 
 async def _topics(kafka: Kafka, stop: asyncio.Event) -> dict[str, TopicMeta]:
@@ -138,14 +192,18 @@ def detector(settings: Settings) -> "Detector":
         return HttpDetector(settings.detector)
     from processors.detect.torch_detector import TorchDetector
 
-    path = settings.detector.model_path
-    return TorchDetector(settings.detector, str(DEMO_MODELS / "detector") if path == "demo" else path)
+    return TorchDetector(
+        settings.detector, library.resolve(settings.detector.model_path, "detector", settings.data_dir)
+    )
 
 
 def analyst(settings: Settings) -> Path:
-    """The LLM's weights, as the settings name them."""
-    path = settings.llm.model_path
-    return DEMO_MODELS / "analyst.gguf" if path == "demo" else Path(path)
+    """The LLM's weights, as the settings name them.
+
+    Raises:
+        ModelError: a model of the catalogue that is not on this machine.
+    """
+    return Path(library.resolve(settings.llm.model_path, "llm", settings.data_dir))
 
 
 def conditions(settings: Settings) -> dict[str, str]:

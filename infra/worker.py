@@ -6,13 +6,13 @@ It is `rewatch run STAGE` without the rest of the command line, whose imports wo
 import argparse
 import asyncio
 import contextlib
-import logging
 import signal
 import sys
 from pathlib import Path
 
 from infra import logs, topology
 from infra.config import ConfigError, Settings, load
+from infra.masks import secrets_of
 from processors.detect.settings import ModelError
 from streams.admin import TopicsError
 from streams.serving import SettingsError
@@ -27,13 +27,21 @@ def stop_event() -> asyncio.Event:
     return stop
 
 
-async def work(settings: Settings, stage: str, status: Path | None) -> None:
-    """Run the stage until SIGTERM.
+async def work(
+    settings: Settings,
+    stage: str,
+    status: Path | None,
+    metrics_port: int | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Run the stage until SIGTERM; every line that it logs names it, and none holds a secret.
 
     Raises:
         TopicsError, or another error whose message names the setting: it cannot run as it is set.
     """
-    await topology.run(settings, stage, stop_event(), status or topology.status_path(settings, stage))
+    logs.to_stderr(settings.log.level, settings.log.format, stage=stage, secrets=secrets_of(settings))
+    status = status or topology.status_path(settings, stage)
+    await topology.run(settings, stage, stop or stop_event(), status, metrics_port=metrics_port)
 
 
 def main() -> int:
@@ -42,10 +50,11 @@ def main() -> int:
     parser.add_argument("stage", choices=topology.PROCESSES)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--status", type=Path)
+    parser.add_argument("--metrics-port", type=int, help="0 takes a free one")
     arguments = parser.parse_args()
-    logs.to_stderr(logging.INFO)
+    logs.to_stderr("info")
     try:
-        asyncio.run(work(load(arguments.config), arguments.stage, arguments.status))
+        asyncio.run(work(load(arguments.config), arguments.stage, arguments.status, arguments.metrics_port))
     except (ConfigError, TopicsError, SettingsError, ModelError) as error:
         print(f"settings: {error}", file=sys.stderr)
         return 2

@@ -96,8 +96,8 @@ async def _create_missing(admin: AIOKafkaAdminClient, kafka: Kafka) -> None:
 async def read_meta(kafka: Kafka) -> dict[str, TopicMeta]:
     """Every topic's meta record."""
     records = await kafka.read([TopicPartition("meta", 0)])
-    metas = [codec.decode(record, TopicMeta) for record in records if record.value is not None]
-    return {meta.topic: meta for meta in metas}
+    metas = [codec.decode_state(record, TopicMeta) for record in records]
+    return {meta.topic: meta for meta in metas if meta is not None}
 
 
 def epochs_of(metas: dict[str, TopicMeta]) -> Callable[[str], str]:

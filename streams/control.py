@@ -37,10 +37,13 @@ _WRITE_ATTEMPTS = 10
 class ControlTable(Generic[R]):
     """The latest record of each key of one control topic."""
 
-    def __init__(self, kafka: Kafka, topic: str, kind: type[R]) -> None:
+    def __init__(
+        self, kafka: Kafka, topic: str, kind: type[R], refuse: Callable[[R], str | None] = lambda _: None
+    ) -> None:
         self._kafka = kafka
         self._tp = TopicPartition(topic, 0)
         self._kind = kind
+        self._refuse = refuse
         self._latest: dict[str, R] = {}
         self._next = 0
         self.skipped = 0
@@ -59,8 +62,10 @@ class ControlTable(Generic[R]):
         for record in await self._kafka.read([self._tp], since={self._tp: self._next}):
             self._take(record)
 
-    async def append(self, record: R) -> None:
+    async def append(self, record: R, *, only_new: bool = False) -> None:
         """Append a record, then read to the end, so that what holds here is what holds for everyone.
+
+        With `only_new` it is not appended where its key has a record by now: whoever wrote that one was asked to.
 
         Raises:
             FencedError: other writers were in the way again and again.
@@ -71,12 +76,17 @@ class ControlTable(Generic[R]):
             producer = FencedProducer(self._kafka, self._kafka.transactional_id("control", self._tp.topic))
             try:
                 await producer.open()
+                if only_new:
+                    await self.load()  # behind the fence: nobody else writes between this look and our record
+                    if TOPICS[self._tp.topic].key(record) in self._latest:
+                        return
                 await producer.transact([codec.emit(self._tp.topic, record, 0)])
                 break
             except FencedError:
                 if attempt == _WRITE_ATTEMPTS - 1:
                     raise
-                await asyncio.sleep(random.uniform(0.05, 0.3))
+                # Ever longer: on a slow machine each turn lasts longer, and whoever tries too soon spoils another's.
+                await asyncio.sleep(random.uniform(0.05, 0.3 * (attempt + 1)))
             finally:
                 await producer.close()
         await self.load()
@@ -111,6 +121,11 @@ class ControlTable(Generic[R]):
             self.skipped += 1
             log.error("control record skipped", topic=self._tp.topic, offset=record.offset, error=str(error))  # noqa: TRY400
             return
+        why = self._refuse(value)
+        if why is not None:
+            self.skipped += 1
+            log.error("control record skipped", topic=self._tp.topic, offset=record.offset, error=why)
+            return
         self._latest[TOPICS[self._tp.topic].key(value)] = value
 
 
@@ -124,7 +139,8 @@ class Cameras:
         time_zone: str,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.table = ControlTable(kafka, "cameras", Camera)
+        self.table = ControlTable(kafka, "cameras", Camera, self._refuse)
+        self._partitions = kafka.settings.partitions
         self._default_window = default_window
         self._time_zone = time_zone
         self._clock = clock
@@ -138,6 +154,12 @@ class Cameras:
         camera = self.get(camera_id)
         return camera.window if camera is not None else None
 
+    def _refuse(self, camera: Camera) -> str | None:
+        """A pin to no partition: a camera that has one can neither be read nor written."""
+        if camera.partition is None or 0 <= camera.partition < self._partitions:
+            return None
+        return f"camera {camera.camera_id[:255]!r} is pinned to partition {camera.partition} of {self._partitions}"
+
     async def ensure(self, camera_id: str) -> Camera:
         """The camera, made with the defaults where it is not known."""
         camera = self.get(camera_id)
@@ -145,7 +167,7 @@ class Cameras:
             await self.table.load()  # another process may have made it since
             camera = self.get(camera_id)
         if camera is None:
-            camera = Camera(
+            made = Camera(
                 camera_id=camera_id,
                 name=camera_id,
                 time_zone=self._time_zone,
@@ -154,7 +176,8 @@ class Cameras:
                 partition=None,
                 updated_at=int(self._clock() * 1000),
             )
-            await self.table.append(camera)
+            await self.table.append(made, only_new=True)
+            camera = self.get(camera_id) or made
         return camera
 
 

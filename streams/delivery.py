@@ -11,18 +11,19 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import structlog
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import IllegalOperation, KafkaError, ProducerFenced
-from aiokafka.structs import OffsetAndMetadata
+from aiokafka.structs import OffsetAndMetadata, RecordMetadata
 
 from schemas import ids
 from schemas.records import DeadLetter
 from streams import codec
 from streams.errors import FencedError, UncertainError, UnprocessableError
 from streams.kafka import MAX_RECORD_BYTES, TRANSACTION_TIMEOUT_MS, Kafka
-from streams.messages import REDRIVE, SOURCE, Emit, Incoming
+from streams.messages import REDRIVE, SOURCE, Emit, Incoming, size_of
 
 log = structlog.get_logger(__name__)
 
@@ -34,7 +35,13 @@ _COMMIT_TIMEOUT_S = TRANSACTION_TIMEOUT_MS / 1000 + 5
 _TAIL = 1000
 
 DEAD_LETTER_INLINE = 256 * 1024
-"""Largest original value kept inside its dead letter, bytes."""
+"""Largest original record kept inside its dead letter, bytes."""
+
+# What else a dead letter says is somebody's text, and may be of any length: cut to this, in characters, a dead letter
+# has 1.3 MB at most. One that did not fit the topic would stop its partition for ever.
+_MESSAGE = 4_000
+_DETAIL = 250_000
+_NAME = 255
 
 
 async def let_go(producer: AIOKafkaProducer) -> None:
@@ -49,6 +56,14 @@ async def let_go(producer: AIOKafkaProducer) -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError  # it was meant for the caller, not for the producer's own tasks
+
+
+class _Batch(NamedTuple):
+    """Records of one partition on their way to the broker."""
+
+    appended: "asyncio.Future[RecordMetadata]"
+    indexes: list[int]
+    """Which of the records they are."""
 
 
 class FencedProducer:
@@ -98,18 +113,10 @@ class FencedProducer:
         try:
             async with asyncio.timeout(_COMMIT_TIMEOUT_S):
                 await self._producer.begin_transaction()
-                sent = [
-                    await self._producer.send(
-                        emit.topic,
-                        value=emit.value,
-                        key=emit.key,
-                        partition=emit.partition,
-                        headers=list(emit.headers),
-                    )
-                    for emit in emits
-                ]
-                results = await asyncio.gather(*sent)
+                batches = await self._append(emits)
+                await asyncio.gather(*(batch.appended for batch in batches))
                 if offsets is not None:
+                    # Not while records are on their way: a transaction that changes makes the broker refuse them.
                     group, positions = offsets
                     await self._producer.send_offsets_to_transaction(positions, group)
                 await self._producer.commit_transaction()
@@ -117,7 +124,33 @@ class FencedProducer:
             raise FencedError(self.transactional_id) from error
         except (KafkaError, IllegalOperation, TimeoutError, OSError) as error:
             raise UncertainError(f"{self.transactional_id}: {type(error).__name__}: {error}") from error
-        return [result.offset for result in results]
+        offsets_of = {
+            index: batch.appended.result().offset + number
+            for batch in batches
+            for number, index in enumerate(batch.indexes)
+        }
+        return [offsets_of[index] for index in range(len(emits))]
+
+    async def _append(self, emits: Sequence[Emit]) -> list[_Batch]:
+        """Hand the records to the producer, whole batches of a partition: one by one costs five times the CPU."""
+        by_partition: dict[tuple[str, int | None], list[int]] = {}
+        for index, emit in enumerate(emits):
+            by_partition.setdefault((emit.topic, emit.partition), []).append(index)
+        batches: list[_Batch] = []
+        for (topic, partition), indexes in by_partition.items():
+            at = 0
+            while at < len(indexes):
+                builder = self._producer.create_batch()
+                began = at
+                while at < len(indexes):
+                    emit = emits[indexes[at]]
+                    # None: it is full. The first record always fits.
+                    if not builder.append(timestamp=None, key=emit.key, value=emit.value, headers=list(emit.headers)):
+                        break
+                    at += 1
+                appended = await self._producer.send_batch(builder, topic, partition=partition)
+                batches.append(_Batch(appended, indexes[began:at]))
+        return batches
 
     async def close(self) -> None:
         """Let go without flushing: whatever was not committed is the successor's to repeat."""
@@ -225,22 +258,22 @@ class Ownership:
     def dead_letter(self, record: Incoming, error: Exception, attempt: int) -> Emit:
         """The dead letter of a record that this stage cannot process."""
         known = error if isinstance(error, UnprocessableError) else None
-        value = record.value
-        oversized = value is not None and len(value) > DEAD_LETTER_INLINE
+        inline = record.size + size_of(record.headers) <= DEAD_LETTER_INLINE
+        detail = known.detail if known else ""
         letter = DeadLetter(
             origin=record.origin,
-            camera_id=(known.camera_id if known else "") or _camera_of(record),
+            camera_id=_text((known.camera_id if known else "") or _camera_of(record), _NAME),
             stage=self.stage,
             kind=known.kind if known else "error",
             error=type(error.__cause__ or error).__name__,
-            message=str(error),
+            message=_text(str(error), _MESSAGE),
             attempt=attempt,
-            key=record.key,
-            value=None if oversized else value,
-            # Above the limit the log itself is the claim: the origin names where the bytes lie.
-            claim=f"log:{record.origin}" if oversized else None,
-            headers=dict(record.headers),
-            detail=known.detail if known else "",
+            key=record.key if inline else None,
+            value=record.value if inline else None,
+            # Above the limit the log itself is the claim: the origin names where the record lies.
+            claim=None if inline else f"log:{record.origin}",
+            headers=dict(record.headers) if inline else {},
+            detail=_text(detail, _DETAIL) if len(detail) <= _DETAIL else "",
             failed_at=self.now_ms(),
         )
         return self.derived(codec.emit("dead_letters", letter), record)
@@ -251,15 +284,13 @@ class Ownership:
         Raises:
             UnprocessableError: the result is larger than the broker takes.
         """
-        if emit.value is not None and len(emit.value) > MAX_RECORD_BYTES - 65_536:
-            raise UnprocessableError(
-                f"its result for {emit.topic} has {len(emit.value)} bytes: more than a record holds"
-            )
-        extra = [(SOURCE, record.origin.encode())]
+        if emit.size > MAX_RECORD_BYTES - 65_536:
+            raise UnprocessableError(f"its result for {emit.topic} has {emit.size} bytes: more than a record holds")
+        headers = (*emit.headers, (SOURCE, record.origin.encode()))
         redrive = record.header(REDRIVE)
-        if redrive is not None:
-            extra.append((REDRIVE, redrive))
-        return emit._replace(headers=(*emit.headers, *extra))
+        if redrive is not None and len(redrive) <= _NAME:  # it names an origin; what is longer names none
+            headers = (*headers, (REDRIVE, redrive))
+        return emit._replace(headers=headers)
 
     def now_ms(self) -> int:
         """Wall time, milliseconds since the Unix epoch."""
@@ -295,3 +326,8 @@ def _camera_of(record: Incoming) -> str:
         return (record.key or b"").decode()
     except UnicodeDecodeError:
         return ""
+
+
+def _text(text: str, limit: int) -> str:
+    """Somebody's text as a record can hold it: of bounded length, and without the half characters of JSON escapes."""
+    return text[:limit].encode("utf-8", "replace").decode()

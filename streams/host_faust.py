@@ -7,6 +7,7 @@ records that it drops, commits early or sends by itself would be lost or doubled
 import asyncio
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
     """Makes our consumer instead of Faust's, which would read uncommitted records."""
 
     def _create_worker_consumer(self, transport: Any) -> aiokafka.AIOKafkaConsumer:  # noqa: ARG002 (Faust's)
-        return group_consumer(self.app.host.kafka, self.app.host.stage)
+        consumer = group_consumer(self.app.host.kafka, self.app.host.stage)
+        self.app.host.workers.collector.consumer = consumer
+        return consumer
 
     async def seek_to_committed(self) -> Mapping[Any, int]:
         """Faust drops what it fetched during a rebalance and comes here; a group without offsets would skip it."""
@@ -43,7 +46,10 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
 
 
 class _Consumer(driver.Consumer):  # type: ignore[misc]
-    """Fetches no partition whose buffer is full."""
+    """Fetches no partition whose buffer is full, and makes one message of all that a fetch brought of a partition.
+
+    Faust spends more on a message, some 100 us, than most stages do on its record.
+    """
 
     def _new_consumer_thread(self) -> _ConsumerThread:
         return _ConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -60,7 +66,9 @@ class _Consumer(driver.Consumer):  # type: ignore[misc]
         if not wanted:
             await self.sleep(timeout)
             return {}
-        return await super()._getmany(wanted, timeout)
+        fetched = await super()._getmany(wanted, timeout)
+        # It goes by the last record's offset, by which Faust knows what it has read; the buffer drops the rest.
+        return {tp: [replace(records[-1], key=None, value=records)] for tp, records in fetched.items() if records}
 
     def verify_event_path(self, now: float, tp: Any) -> None:
         """Faust would call a full partition a stall; Liveness watches instead."""
@@ -143,7 +151,9 @@ class FaustHost:
             message = event.message
             # Records of an earlier generation are read again, by whoever has their partition now.
             if message.generation_id == app.consumer_generation_id and app.flow_control.is_active():
-                self.workers.feed(incoming(message, self.workers.epoch(message.topic)))
+                epoch = self.workers.epoch(message.topic)
+                for record in message.value:
+                    self.workers.feed(incoming(record, epoch))
 
     async def _revoked(self, _app: _App, revoked: Collection[Any], **_: Any) -> None:
         await self.workers.revoke([TopicPartition(tp.topic, tp.partition) for tp in revoked])

@@ -26,7 +26,7 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
         self._kafka = kafka
         self._stage = stage
         self.workers = Workers(kafka, stage, epochs=epochs, still_ours=self._still_ours, status=status)
-        self._consumer = group_consumer(kafka, stage)
+        self._consumer = self.workers.collector.consumer = group_consumer(kafka, stage)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Feed the workers until `stop` is set, then let go in order."""

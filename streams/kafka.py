@@ -188,5 +188,5 @@ def incoming(record: "aiokafka.ConsumerRecord[Any, Any]", epoch: str) -> Incomin
         record.key,
         record.value,
         # Kafka allows headers without a value; nothing behind this point does.
-        tuple((name, value or b"") for name, value in record.headers),
+        tuple([(name, value or b"") for name, value in record.headers]),
     )

@@ -95,6 +95,8 @@ class Liveness:
         self.waiting_on: str | None = None
         """What the whole worker waits on: its broker, its model."""
         self.generation = -1
+        self.metrics: str | None = None
+        """Where this process's metrics are served, a URL."""
 
     def partition(self, name: str, patience_s: float = STALL_S) -> PartitionLife:
         """The life of a partition, from now on; `patience_s`: how long one record may honestly take."""
@@ -128,6 +130,7 @@ class Liveness:
             "pid": os.getpid(),
             "written_at": time.time(),
             "generation": self.generation,
+            "metrics": self.metrics,
             "stall": self.stall(),
             "waiting_on": sorted(w for w in waits if w is not None),
             "partitions": {

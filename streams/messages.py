@@ -36,7 +36,10 @@ class Incoming(NamedTuple):
 
     def header(self, name: str) -> bytes | None:
         """The last header of that name, as Kafka has it."""
-        return next((value for key, value in reversed(self.headers) if key == name), None)
+        for key, value in reversed(self.headers):
+            if key == name:
+                return value
+        return None
 
     @property
     def size(self) -> int:
@@ -52,6 +55,18 @@ class Emit(NamedTuple):
     value: bytes | None
     headers: Headers = ()
     partition: int | None = None
+    since: int | None = None
+    """When the frame that it tells of arrived, or the window ended, ms since the Unix epoch. Metrics' only."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of key, value and headers: what a broker's bound on records counts."""
+        return len(self.key) + len(self.value or b"") + size_of(self.headers)
+
+
+def size_of(headers: Headers) -> int:
+    """Bytes of headers, names and values."""
+    return sum(len(name.encode()) + len(value) for name, value in headers)
 
 
 class Tick(NamedTuple):

@@ -5,6 +5,7 @@ after an error of unknown outcome acquires again and re-feeds itself from its bu
 """
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from streams.errors import FencedError, UnavailableError, UncertainError, Unproc
 from streams.kafka import Kafka
 from streams.liveness import PartitionLife
 from streams.messages import Emit, Incoming, Tick
+from streams.metrics import StageMetrics
 from streams.stages import Fold, FoldStage, MapStage, Range, RangeStage, Stage
 
 log = structlog.get_logger(__name__)
@@ -33,8 +35,11 @@ BUFFER_BYTES = 8 * 1024 * 1024
 _COMMIT_RECORDS = 500
 _COMMIT_BYTES = 2 * 1024 * 1024
 
-# Records of a partition that a map stage has taken at once; how many it works on is `concurrency`.
-_WINDOW = 128
+# Records of a partition that a map stage has taken at once, a transaction's worth. It works on `concurrency` of them.
+_WINDOW = _COMMIT_RECORDS
+
+# Records that a task does before others get their turn: some milliseconds of a stage that never waits.
+_TURN = 50
 
 # An unexpected exception may be the world's fault; the third time it is the record's.
 _ATTEMPTS = 3
@@ -128,8 +133,10 @@ class PartitionWorker:
         *,
         still_ours: Callable[[], Awaitable[bool]],
         slots: asyncio.Semaphore,
+        metrics: StageMetrics | None = None,
     ) -> None:
         self.stage = stage
+        self.metrics = metrics or StageMetrics(stage)
         self.ownership = ownership
         self.buffer = Buffer()
         self.life = life
@@ -159,6 +166,7 @@ class PartitionWorker:
                     self.buffer.rewind(self.ownership.position)
                     await _work(self, self.stage)
                 except FencedError:
+                    self.metrics.fenced.add()
                     # Two causes: another owner, or the coordinator timed our transaction out. A zombie that
                     # re-opened would fence the rightful owner, so ask the group first.
                     await self._until_ours()
@@ -219,22 +227,20 @@ async def _work(worker: PartitionWorker, stage: Stage) -> None:
 
 async def _map(worker: PartitionWorker, stage: MapStage) -> None:
     """Records in hand at once, results emitted in offset order."""
-    running: deque[tuple[Incoming, asyncio.Task[list[Emit]]]] = deque()
-    window = max(2 * stage.concurrency, _WINDOW)
+    running: deque[tuple[Incoming, asyncio.Future[list[Emit]]]] = deque()
+    hands = _Hands(worker, stage)
     next_offset = worker.ownership.position
     try:
         while True:
-            while len(running) < window and (record := worker.buffer.take()) is not None:
-                task = asyncio.create_task(_handle(worker, stage, record))
-                task.add_done_callback(lambda _: worker.buffer.wake.set())
-                running.append((record, task))
+            while len(running) < _WINDOW and (record := worker.buffer.take()) is not None:
+                running.append((record, hands.give(record)))
             emits: list[Emit] = []
             done = size = 0
             while running and running[0][1].done() and done < _COMMIT_RECORDS and size < _COMMIT_BYTES:
-                record, task = running.popleft()
-                results = task.result()
+                record, result = running.popleft()
+                results = result.result()
                 emits += results
-                size += sum(len(emit.value or b"") for emit in results)
+                size += sum([len(emit.value or b"") for emit in results])
                 next_offset = record.offset + 1
                 done += 1
             worker.life.hold(len(worker.buffer))
@@ -243,9 +249,63 @@ async def _map(worker: PartitionWorker, stage: MapStage) -> None:
             else:
                 await worker._wait()  # noqa: SLF001 (one module)
     finally:
-        for _, task in running:
+        await hands.let_go()
+
+
+class _Hands:
+    """The tasks that work on a partition's records: as many as are needed, `concurrency` at most.
+
+    A task for each record would cost more than what most stages do with one. A task takes the next record when it is
+    done with one, and calls for another task before it begins, in case it must wait: a stage that never waits has
+    but two. More tasks than slots would only queue up there, before those of other partitions.
+    """
+
+    def __init__(self, worker: PartitionWorker, stage: MapStage) -> None:
+        self._worker = worker
+        self._stage = stage
+        self._todo: deque[tuple[Incoming, asyncio.Future[list[Emit]]]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._called = False
+
+    def give(self, record: Incoming) -> "asyncio.Future[list[Emit]]":
+        """Work on the record; the future has its results."""
+        results: asyncio.Future[list[Emit]] = asyncio.get_running_loop().create_future()
+        self._todo.append((record, results))
+        self._call()
+        return results
+
+    async def let_go(self) -> None:
+        """Cancel what runs, and wait for its end."""
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*(task for _, task in running), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _call(self) -> None:
+        """One task more, unless one is on its way, or there are enough."""
+        if self._todo and not self._called and len(self._tasks) < self._stage.concurrency:
+            self._called = True
+            self._tasks.add(asyncio.create_task(self._work()))
+
+    async def _work(self) -> None:
+        self._called = False
+        done = 0
+        try:
+            while self._todo:
+                record, results = self._todo.popleft()
+                self._call()
+                try:
+                    results.set_result(await _handle(self._worker, self._stage, record))
+                except Exception as error:  # noqa: BLE001 (whoever takes the results gets it)
+                    results.set_exception(error)
+                self._worker.buffer.wake.set()
+                done += 1
+                if done % _TURN == 0:
+                    await asyncio.sleep(0)
+        finally:
+            task = asyncio.current_task()
+            assert task is not None, "this is a task"
+            self._tasks.discard(task)
 
 
 async def _handle(worker: PartitionWorker, stage: MapStage, record: Incoming) -> list[Emit]:
@@ -255,7 +315,9 @@ async def _handle(worker: PartitionWorker, stage: MapStage, record: Incoming) ->
     while True:
         try:
             async with worker.life.slot(worker.slots):
+                began = time.perf_counter()
                 results = await stage.handle(record)
+                worker.metrics.handle_seconds.observe(time.perf_counter() - began)
             worker.life.waiting_on = None
             return [worker.ownership.derived(emit, record) for emit in results]
         except UnprocessableError as error:
@@ -313,7 +375,10 @@ def _feed(worker: PartitionWorker, fold: Fold, record: Incoming) -> list[Emit]:
         error = UnprocessableError(f"failed {failures} times, see the log")
         return [worker.ownership.dead_letter(record, error, failures)]
     try:
-        return [worker.ownership.derived(emit, record) for emit in fold.feed(record)]
+        began = time.perf_counter()
+        results = fold.feed(record)
+        worker.metrics.handle_seconds.observe(time.perf_counter() - began)
+        return [worker.ownership.derived(emit, record) for emit in results]
     except UnprocessableError as error:
         return [worker.ownership.dead_letter(record, error, failures + 1)]
     except Exception:
@@ -371,29 +436,45 @@ async def _range(worker: PartitionWorker, stage: RangeStage) -> None:
     """Commit a range, insert exactly it, commit the progress; a pending range of a predecessor comes first."""
     ownership, buffer = worker.ownership, worker.buffer
     pending = await _pending(worker, stage)
+    records = [] if pending is None else await _retake(worker, pending)
     while True:
         if pending is None:
-            while not buffer.waiting:
-                await worker._wait()  # noqa: SLF001 (one module)
-            worker.life.hold(len(buffer))
-            if not buffer.full and buffer.waiting < stage.max_records:
-                await asyncio.sleep(stage.linger_s)
-            records = _take_range(buffer, stage.max_records)
-            pending = SinkState(
-                topic=ownership.tp.topic,
-                partition=ownership.tp.partition,
-                epoch=ownership.epoch,
-                lo=records[0].offset,
-                hi=records[-1].offset,
-                rows=len(records),
-            )
+            await _gather(worker, stage)
+            pending, records = _cut(worker, stage)
             await ownership.commit([codec.emit(stage.state_topic, pending)], ownership.position)
-        else:
-            records = await _retake(worker, pending)
         span = Range(pending.topic, pending.epoch, pending.partition, pending.lo, pending.hi)
         await _insert(worker, stage, span, records)
-        await worker.commit([], pending.hi + 1)
-        pending = None
+        done = pending.hi + 1
+        if buffer.full:  # catching up: one transaction ends this range and begins the next
+            pending, records = _cut(worker, stage)
+            await worker.commit([codec.emit(stage.state_topic, pending)], done)
+        else:
+            await worker.commit([], done)
+            pending = None
+
+
+async def _gather(worker: PartitionWorker, stage: RangeStage) -> None:
+    """Until there is a range's worth, or `linger_s` after there was something."""
+    buffer = worker.buffer
+    while not buffer.waiting:
+        await worker._wait()  # noqa: SLF001 (one module)
+    worker.life.hold(len(buffer))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(stage.linger_s):
+            while not buffer.full and buffer.waiting < stage.max_records:
+                buffer.wake.clear()
+                await buffer.wake.wait()
+
+
+def _cut(worker: PartitionWorker, stage: RangeStage) -> tuple[SinkState, list[Incoming]]:
+    """The next range, and its records; something must be waiting."""
+    tp = worker.ownership.tp
+    records = _take_range(worker.buffer, stage.max_records)
+    lo, hi = records[0].offset, records[-1].offset
+    state = SinkState(
+        topic=tp.topic, partition=tp.partition, epoch=worker.ownership.epoch, lo=lo, hi=hi, rows=len(records)
+    )
+    return state, records
 
 
 async def _pending(worker: PartitionWorker, stage: RangeStage) -> SinkState | None:
@@ -403,7 +484,7 @@ async def _pending(worker: PartitionWorker, stage: RangeStage) -> SinkState | No
     key = f"{ownership.tp.topic}-{ownership.tp.partition}".encode()
     for record in await ownership.kafka.read([TopicPartition(stage.state_topic, worker.partition)]):
         if record.key == key:
-            found = codec.decode(record, SinkState)
+            found = codec.decode_state(record, SinkState) or found
     if found is None or found.epoch != ownership.epoch or found.hi < ownership.position:
         return None
     return found
@@ -446,7 +527,9 @@ async def _insert(worker: PartitionWorker, stage: RangeStage, span: Range, recor
     while True:
         try:
             async with worker.life.slot(worker.slots):
+                began = time.perf_counter()
                 await stage.insert(span, records)
+                worker.metrics.handle_seconds.observe(time.perf_counter() - began)
         except UnavailableError as error:
             worker.life.waiting_on = error.waiting_on
             log.warning("waiting", stage=stage.name, on=error.waiting_on, why=str(error))
@@ -461,7 +544,7 @@ async def read_states(kafka: Kafka, topic: str, partition: int, epoch: str) -> l
     """The newest snapshot of each camera of a partition; those of another epoch are empty, so left out."""
     newest: dict[str, BatchState] = {}
     for record in await kafka.read([TopicPartition(topic, partition)]):
-        if record.value is not None:
-            state = codec.decode(record, BatchState)
+        state = codec.decode_state(record, BatchState)
+        if state is not None:
             newest[state.camera_id] = state
     return [state for state in newest.values() if state.epoch == epoch]

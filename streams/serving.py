@@ -13,11 +13,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+import h11
 import uvicorn
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # Answers in hand get this long after a stop: as long as their transactions have, seconds.
 _DRAIN_S = 5
+
+# A head is a few hundred bytes: who needs longer for it, seconds, only holds a connection. Bodies have limits of
+# their own, where they are read.
+HEAD_S = 10.0
+
+# What still comes of a body after its answer (a refusal: too long, too slow) is read for this long, seconds, so that
+# the sender gets to see the answer; a connection that is cut at once loses it.
+LINGER_S = 2.0
 
 
 class SettingsError(Exception):
@@ -88,6 +98,46 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Protocol(H11Protocol):
+    """HTTP/1.1 whose requests must come to an end: uvicorn itself waits for ever, be it one byte a minute."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait(HEAD_S)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._come()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        """A part of a head, or a body that nobody reads any more, must end in time; drops of it win no time."""
+        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            self._wait(HEAD_S)
+        elif self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY:
+            self._wait(LINGER_S)
+        else:
+            self._come()
+
+    def _wait(self, seconds: float) -> None:
+        if self._late is None:
+            self._late = self.loop.call_later(seconds, self.transport.abort)
+
+    def _come(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
 def listen(settings: EndpointSettings) -> socket.socket:
     """The endpoint's socket, bound and listening.
 
@@ -120,6 +170,7 @@ async def serve(
     """
     config = uvicorn.Config(
         app,
+        http=_Protocol,
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -21,8 +21,8 @@ from aiokafka.structs import OffsetAndMetadata
 
 from schemas.records import TopicMeta
 from streams.admin import read_meta
-from streams.kafka import Kafka
-from streams.messages import KIND, TICK
+from streams.kafka import Kafka, incoming
+from streams.messages import KIND, TICK, Tick
 from streams.topics import STORED
 
 READS: dict[str, tuple[str, ...]] = {
@@ -89,11 +89,23 @@ class _Seen(NamedTuple):
             return Count(end - position, exact=False)
         return Count(len(self.offsets) - bisect_left(self.offsets, position), exact=True)
 
+    def between(self, since: int, upto: int) -> "_Seen":
+        """What was seen of a part of it."""
+        offsets, ticks = (
+            seen[bisect_left(seen, since) : bisect_left(seen, upto)] for seen in (self.offsets, self.ticks)
+        )
+        return _Seen(offsets, ticks, since, upto)
 
-async def survey(kafka: Kafka, *, count: bool = True) -> Survey:
+
+Memory = dict[tuple[TopicPartition, str], _Seen]
+"""What earlier surveys saw, by partition and epoch: offsets alone, 16 bytes a record, within the bounds above."""
+
+
+async def survey(kafka: Kafka, *, count: bool = True, memory: Memory | None = None) -> Survey:
     """Look at every topic that ClickHouse keeps, and at every stage.
 
-    With `count` false only what lies beyond the positions is read, and `records` is empty.
+    With `count` false only what lies beyond the positions is read, and `records` is empty. What `memory` holds is not
+    read again, and what is read is put there: for whoever looks again and again.
 
     Raises:
         KafkaError, TimeoutError or OSError: the broker is away.
@@ -104,6 +116,8 @@ async def survey(kafka: Kafka, *, count: bool = True) -> Survey:
         return Survey(metas, {}, {stage: [] for stage in READS})
     committed = await _committed(kafka, metas)
     async with kafka.reading() as consumer:
+        # The topics' leaders, all at once: they are else asked for one by one, 0.1 s each.
+        await consumer._client.set_topics({tp.topic for tp in tps})  # noqa: SLF001 (aiokafka is pinned below 0.15)
         starts = await consumer.beginning_offsets(tps)
         ends = await consumer.end_offsets(tps)
     at = {
@@ -113,7 +127,8 @@ async def survey(kafka: Kafka, *, count: bool = True) -> Survey:
         if tp.topic in topics
     }
     since = _since(tps, starts, ends, at, count=count)
-    seen = await _read(kafka, since, ends)
+    lives: Mapping[str, str] = {topic: meta.epoch for topic, meta in metas.items()}
+    seen = await _read(kafka, since, ends, {} if memory is None else memory, lives)
     return Survey(
         metas,
         {topic: _count(topic, tps, starts, ends, seen) for topic in STORED if topic in metas} if count else {},
@@ -188,33 +203,48 @@ def _since(
 
 
 async def _read(
-    kafka: Kafka, since: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int]
+    kafka: Kafka,
+    since: Mapping[TopicPartition, int],
+    ends: Mapping[TopicPartition, int],
+    memory: Memory,
+    epochs: Mapping[str, str],
 ) -> dict[TopicPartition, _Seen]:
     """The offsets of the visible records of each partition, and which of them are ticks. Values are let go at once."""
-    offsets = {tp: array("q") for tp in since}
-    ticks = {tp: array("q") for tp in since}
-    reached = dict(since)
+    seen = {tp: _remembered(memory.get((tp, epochs[tp.topic])), since[tp], ends[tp]) for tp in since}
+    reached = {tp: seen[tp].upto for tp in since}
     size: dict[str, int] = {}
-    todo = {tp for tp in since if since[tp] < ends[tp]}
-    if todo:
-        async with kafka.reading() as consumer, asyncio.timeout(60):
-            consumer.assign(list(todo))
-            for tp in todo:  # no await between assign and seek: aiokafka's own reset would win
-                consumer.seek(tp, since[tp])
-            while todo:
-                for tp, batch in (await consumer.getmany(*todo, timeout_ms=100, max_records=FETCH_RECORDS)).items():
-                    for record in batch:
-                        if record.offset >= ends[tp]:
-                            break
-                        size[tp.topic] = size.get(tp.topic, 0) + max(0, record.serialized_value_size)
-                        offsets[tp].append(record.offset)
-                        if (KIND, TICK) in record.headers:
-                            ticks[tp].append(record.offset)
-                for tp in list(todo):
-                    reached[tp] = await consumer.position(tp)
-                    if reached[tp] >= ends[tp] or size.get(tp.topic, 0) > COUNT_BYTES:
-                        todo.discard(tp)
-    return {tp: _Seen(offsets[tp], ticks[tp], since[tp], reached[tp]) for tp in since}
+    todo = {tp for tp in since if reached[tp] < ends[tp]}
+    try:
+        if todo:
+            async with kafka.reading() as consumer, asyncio.timeout(60):
+                consumer.assign(list(todo))
+                for tp in todo:  # no await between assign and seek: aiokafka's own reset would win
+                    consumer.seek(tp, reached[tp])
+                while todo:
+                    batches = await consumer.getmany(*todo, timeout_ms=100, max_records=FETCH_RECORDS)
+                    for tp, batch in batches.items():
+                        for record in batch:
+                            if record.offset >= ends[tp]:
+                                break
+                            size[tp.topic] = size.get(tp.topic, 0) + max(0, record.serialized_value_size)
+                            seen[tp].offsets.append(record.offset)
+                            if (KIND, TICK) in record.headers and Tick.of(incoming(record, "")) is not None:
+                                seen[tp].ticks.append(record.offset)
+                    for tp in list(todo):
+                        reached[tp] = await consumer.position(tp)
+                        if reached[tp] >= ends[tp] or size.get(tp.topic, 0) > COUNT_BYTES:
+                            todo.discard(tp)
+    finally:  # who gives up in the middle goes on from there
+        found = {tp: seen[tp].between(since[tp], min(reached[tp], ends[tp])) for tp in since}
+        memory.update({(tp, epochs[tp.topic]): part for tp, part in found.items()})
+    return found
+
+
+def _remembered(seen: _Seen | None, since: int, end: int) -> _Seen:
+    """What is known of a partition from an offset on; nothing where it was not seen from there."""
+    if seen is None or not seen.since <= since <= seen.upto <= end:
+        return _Seen(array("q"), array("q"), since, since)
+    return seen.between(since, seen.upto)
 
 
 def _count(

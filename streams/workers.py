@@ -13,10 +13,10 @@ import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from streams.delivery import Ownership
 from streams.kafka import Kafka
 from streams.liveness import STALL_S, Liveness
 from streams.messages import Incoming
+from streams.metrics import MeteredOwnership, StageCollector, StageMetrics
 from streams.partition import PartitionWorker
 from streams.stages import MapStage, Stage
 
@@ -44,6 +44,9 @@ class Workers:
         self.kafka = kafka
         self.stage = stage
         self.liveness = Liveness(stage.name)
+        self.metrics = StageMetrics(stage)
+        self.collector = StageCollector(stage, self.metrics, self.liveness)
+        """What Prometheus is told of them."""
         self._epochs = epochs
         self._still_ours = still_ours
         self._status = status
@@ -63,6 +66,7 @@ class Workers:
             return
         if tp not in self._running:
             self._running[tp] = self._start(tp)
+        self.metrics.records.add(record.topic)
         self._running[tp][0].buffer.add(record)
 
     def full(self, tp: TopicPartition) -> bool:
@@ -104,12 +108,13 @@ class Workers:
                 self._status.unlink()
 
     def _start(self, tp: TopicPartition) -> tuple[PartitionWorker, asyncio.Task[None]]:
-        ownership = Ownership(
+        ownership = MeteredOwnership(
             self.kafka,
             self.stage.name,
             tp,
             epoch=lambda: self._epochs(tp.topic),
             outputs=self.stage.outputs if isinstance(self.stage, MapStage) else (),
+            metrics=self.metrics,
         )
         worker = PartitionWorker(
             self.stage,
@@ -117,6 +122,7 @@ class Workers:
             self.liveness.partition(f"{tp.topic}-{tp.partition}", getattr(self.stage, "patience_s", STALL_S)),
             still_ours=lambda: self._still_ours(tp),
             slots=self._slots,
+            metrics=self.metrics,
         )
         task = asyncio.create_task(worker.run(), name=f"{self.stage.name} {tp.topic}-{tp.partition}")
         task.add_done_callback(_log_failure)

@@ -1,5 +1,5 @@
-"""`python -m infra.cli`: what the supervisor starts, so that it needs no script on PATH."""
+"""`python -m infra.cli`: what works where no script is on PATH."""
 
-from infra.cli.main import main
+from infra.cli import main
 
 main()

@@ -1,50 +1,126 @@
 """`rewatch camera ls|add|set`: what is set for each camera, on the `cameras` topic."""
 
 import difflib
+import functools
+import inspect
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-import msgspec
 import typer
-from pydantic import ValidationError
 
-from infra.cli.output import NO, USAGE, JsonFlag, fail, print_json, print_table, run, when
-from infra.config import Settings
-from processors.batch.settings import WindowsSettings
-from processors.ingest import core
-from processors.ingest.kafka_log import KafkaLog
-from schemas.records import Camera
-from streams.admin import read_meta
-from streams.control import ControlTable
-from streams.errors import UnavailableError
-from streams.kafka import Kafka
-from streams.topics import partition_of
+from infra.cli import complete
+from infra.cli.errors import run
+from infra.cli.help import CAMERAS, examples
+from infra.cli.output import NO, USAGE, JsonFlag, fail, print_json, print_table, when
 
-app = typer.Typer(no_args_is_help=True, help="What is set for each camera.")
+if TYPE_CHECKING:
+    from infra.config import Settings
+    from schemas.records import Camera
+    from streams.control import ControlTable
+
+app = typer.Typer(no_args_is_help=True)
 
 DEMO_DETECTOR = Path(__file__).parent.parent / "models" / "weights" / "detector"
 
-_ID = Annotated[str, typer.Argument(metavar="ID", help="Lower-case letters, digits, - and _.")]
-_NAME = Annotated[str | None, typer.Option(help="A name for people.")]
-_ZONE = Annotated[str | None, typer.Option(help="IANA time zone, as Europe/Berlin.")]
-_OPEN_ON = Annotated[str | None, typer.Option(help="Classes that open a window, comma-separated.")]
-_THRESHOLD = Annotated[float | None, typer.Option(help="Least score at which a detection matters.")]
-_IDLE = Annotated[float | None, typer.Option(help="A window closes after this long without one that matters, s.")]
-_MAX = Annotated[float | None, typer.Option(help="A window closes at this length, s.")]
-_FRAMES = Annotated[int | None, typer.Option(help="A window closes at this many frames.")]
-_FAST_LABEL = Annotated[str | None, typer.Option(help='Class that closes a window at once; "" turns it off.')]
-_FAST_SCORE = Annotated[float | None, typer.Option(help="Score from which such a sighting is sure.")]
-_COOLDOWN = Annotated[float | None, typer.Option(help="At most one fast close in this long, s.")]
-_IOU = Annotated[float | None, typer.Option(help="Overlap from which a box has not moved, 0 to 1.")]
-_PARTITION = Annotated[int | None, typer.Option(help="Pin to a partition; only before the camera's first frame.")]
+_WINDOW = "Windows"
 
 
 def register(root: typer.Typer) -> None:
     """Add these commands to the root."""
-    root.add_typer(app, name="camera")
+    root.add_typer(
+        app,
+        name="camera",
+        rich_help_panel=CAMERAS,
+        help="List cameras, make one known, change what is set for one.",
+        epilog=examples(
+            "rewatch camera ls",
+            "rewatch camera add front-door --time-zone Europe/Berlin",
+            "rewatch camera set front-door --idle 20",
+        ),
+    )
+
+
+class Options(NamedTuple):
+    """What `add` and `set` can set, as options; those of windows are named as `WindowsSettings` names them."""
+
+    name: Annotated[str | None, typer.Option(help="A name for people.")] = None
+    time_zone: Annotated[str | None, typer.Option(help="IANA time zone, as Europe/Berlin.")] = None
+    partition: Annotated[int | None, typer.Option(help="Pin to a partition; only before the camera's first frame.")] = (
+        None
+    )
+    open_on: Annotated[
+        str | None,
+        typer.Option(help="Classes that open a window, comma-separated.", rich_help_panel=_WINDOW),
+    ] = None
+    threshold: Annotated[
+        float | None, typer.Option(help="Least score at which a detection matters.", rich_help_panel=_WINDOW)
+    ] = None
+    idle_s: Annotated[
+        float | None,
+        typer.Option(
+            "--idle", help="A window closes after this long without one that matters, s.", rich_help_panel=_WINDOW
+        ),
+    ] = None
+    max_s: Annotated[
+        float | None, typer.Option("--max", help="A window closes at this length, s.", rich_help_panel=_WINDOW)
+    ] = None
+    max_frames: Annotated[
+        int | None, typer.Option(help="A window closes at this many frames.", rich_help_panel=_WINDOW)
+    ] = None
+    fast_label: Annotated[
+        str | None,
+        typer.Option(help='Class that closes a window at once; "" turns it off.', rich_help_panel=_WINDOW),
+    ] = None
+    fast_score: Annotated[
+        float | None, typer.Option(help="Score from which such a sighting is sure.", rich_help_panel=_WINDOW)
+    ] = None
+    fast_cooldown_s: Annotated[
+        float | None,
+        typer.Option("--fast-cooldown", help="At most one fast close in this long, s.", rich_help_panel=_WINDOW),
+    ] = None
+    stationary_iou: Annotated[
+        float | None,
+        typer.Option(help="Overlap from which a box has not moved, 0 to 1.", rich_help_panel=_WINDOW),
+    ] = None
+
+    def change(self) -> "Change":
+        """What was asked for, without what was not said."""
+        window = {name: value for name, value in self._asdict().items() if value is not None}
+        for name in ("name", "time_zone", "partition"):
+            window.pop(name, None)
+        if "open_on" in window:
+            window["open_on"] = tuple(label.strip() for label in window["open_on"].split(",") if label.strip())
+        return Change(self.name, self.time_zone, window, self.partition)
+
+
+def _spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with each field of `Options` as a parameter in place of its parameter `options`: typer's way."""
+    mine = inspect.signature(command)
+
+    @functools.wraps(command)
+    def spread(**given: Any) -> None:
+        options = Options(**{name: given.pop(name) for name in Options._fields})
+        command(options=options, **given)
+
+    fields = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=Options._field_defaults[name],
+            annotation=Options.__annotations__[name],
+        )
+        for name in Options._fields
+    ]
+    others = [parameter for name, parameter in mine.parameters.items() if name != "options"]
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in others]
+    parameters = [*keywords[:-1], *fields, keywords[-1]]  # --json stays last
+    spread.__signature__ = mine.replace(parameters=parameters)  # type: ignore[attr-defined]
+    spread.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return spread
 
 
 class Change(NamedTuple):
@@ -61,12 +137,12 @@ class ChangeError(ValueError):
     """This cannot be set; the message names the option and the fix."""
 
 
-@app.command("ls")
+@app.command("ls", epilog=examples("rewatch camera ls", "rewatch camera ls --json"))
 def ls(ctx: typer.Context, as_json: JsonFlag = False) -> None:
-    """List the cameras."""
+    """List the cameras and what is set for each."""
     settings: Settings = ctx.obj
 
-    async def main() -> list[Camera]:
+    async def main() -> "list[Camera]":
         table = await _table(settings)
         return sorted(table.all().values(), key=lambda camera: camera.camera_id)
 
@@ -96,61 +172,66 @@ def ls(ctx: typer.Context, as_json: JsonFlag = False) -> None:
         )
 
 
-@app.command("add")
-def add(  # noqa: PLR0917 (typer makes options of parameters)
+@app.command(
+    "add",
+    epilog=examples(
+        "rewatch camera add front-door",
+        'rewatch camera add yard --name "Back yard" --time-zone Europe/Berlin',
+        "rewatch camera add gate --open-on person,car --threshold 0.6 --idle 20",
+    ),
+)
+@_spread
+def add(
     ctx: typer.Context,
-    camera_id: _ID,
-    name: _NAME = None,
-    time_zone: _ZONE = None,
-    open_on: _OPEN_ON = None,
-    threshold: _THRESHOLD = None,
-    idle: _IDLE = None,
-    max_: Annotated[float | None, typer.Option("--max", help="A window closes at this length, s.")] = None,
-    max_frames: _FRAMES = None,
-    fast_label: _FAST_LABEL = None,
-    fast_score: _FAST_SCORE = None,
-    fast_cooldown: _COOLDOWN = None,
-    stationary_iou: _IOU = None,
-    partition: _PARTITION = None,
+    camera_id: Annotated[str, typer.Argument(metavar="ID", help="Lower-case letters, digits, - and _.")],
+    options: Options,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make a camera known, with the defaults of rewatch.yaml where nothing else is said."""
-    window = _window(open_on, threshold, idle, max_, max_frames, fast_label, fast_score, fast_cooldown, stationary_iou)
-    _append(ctx.obj, camera_id, Change(name, time_zone, window, partition), new=True, as_json=as_json)
+    """Make a camera known.
+
+    What is not said is as rewatch.yaml has it. A camera whose images come by the inbox makes itself known.
+    """
+    _append(ctx.obj, camera_id, options.change(), new=True, as_json=as_json)
 
 
-@app.command("set")
-def set_(  # noqa: PLR0917
+@app.command(
+    "set",
+    epilog=examples(
+        'rewatch camera set front-door --name "Front door"',
+        "rewatch camera set driveway --open-on person,car,truck",
+        'rewatch camera set yard --idle 20 --max 60 --fast-label ""',
+    ),
+)
+@_spread
+def set_(
     ctx: typer.Context,
-    camera_id: _ID,
-    name: _NAME = None,
-    time_zone: _ZONE = None,
-    open_on: _OPEN_ON = None,
-    threshold: _THRESHOLD = None,
-    idle: _IDLE = None,
-    max_: Annotated[float | None, typer.Option("--max", help="A window closes at this length, s.")] = None,
-    max_frames: _FRAMES = None,
-    fast_label: _FAST_LABEL = None,
-    fast_score: _FAST_SCORE = None,
-    fast_cooldown: _COOLDOWN = None,
-    stationary_iou: _IOU = None,
-    partition: _PARTITION = None,
+    camera_id: Annotated[
+        str, typer.Argument(metavar="ID", help="A camera of `rewatch camera ls`.", autocompletion=complete.cameras)
+    ],
+    options: Options,
     as_json: JsonFlag = False,
 ) -> None:
-    """Change what is set for a camera; the rest stays. An open window keeps the settings it opened with."""
-    window = _window(open_on, threshold, idle, max_, max_frames, fast_label, fast_score, fast_cooldown, stationary_iou)
-    change = Change(name, time_zone, window, partition)
+    """Change what is set for a camera.
+
+    What is not said stays as it is. An open window keeps the settings it opened with.
+    """
+    change = options.change()
     if change == Change(None, None, {}, None):
         fail("nothing to set: name at least one option (`rewatch camera set --help`)", USAGE)
     _append(ctx.obj, camera_id, change, new=False, as_json=as_json)
 
 
-def changed(camera: Camera, change: Change, settings: Settings, now_ms: int) -> Camera:
+def changed(camera: "Camera", change: Change, settings: "Settings", now_ms: int) -> "Camera":
     """The camera with the change.
 
     Raises:
         ChangeError: a value cannot be used.
     """
+    from pydantic import ValidationError
+
+    from processors.batch.settings import WindowsSettings
+    from schemas.records import Camera
+
     if change.time_zone is not None:
         try:
             ZoneInfo(change.time_zone)
@@ -182,7 +263,7 @@ def changed(camera: Camera, change: Change, settings: Settings, now_ms: int) -> 
     )
 
 
-def model_classes(settings: Settings) -> tuple[str, ...] | None:
+def model_classes(settings: "Settings") -> tuple[str, ...] | None:
     """The classes that the detector can name; None where they cannot be read here (a service, a hub name)."""
     if settings.detector.url is not None:
         return None
@@ -194,7 +275,10 @@ def model_classes(settings: Settings) -> tuple[str, ...] | None:
     return tuple(labels.values())
 
 
-def _append(settings: Settings, camera_id: str, change: Change, *, new: bool, as_json: bool) -> None:
+def _append(settings: "Settings", camera_id: str, change: Change, *, new: bool, as_json: bool) -> None:
+    from processors.ingest import core
+    from schemas.records import Camera
+
     try:
         core.check_camera_id(camera_id)
     except core.RejectedError as error:
@@ -238,14 +322,23 @@ def _append(settings: Settings, camera_id: str, change: Change, *, new: bool, as
         typer.echo(f"camera {camera.camera_id} {'added' if new else 'set'}; in force from the next frame on")
 
 
-async def _table(settings: Settings) -> ControlTable[Camera]:
+async def _table(settings: "Settings") -> "ControlTable[Camera]":
+    from schemas.records import Camera
+    from streams.control import ControlTable
+    from streams.kafka import Kafka
+
     table = ControlTable(Kafka(settings.kafka), "cameras", Camera)
     await table.load()
     return table
 
 
-async def _has_frames(settings: Settings, camera: Camera) -> bool:
+async def _has_frames(settings: "Settings", camera: "Camera") -> bool:
     """Whether ingest remembers frames of it. The look fences whoever appends for it, who then looks again."""
+    from processors.ingest.kafka_log import KafkaLog
+    from streams.admin import read_meta
+    from streams.errors import UnavailableError
+    from streams.kafka import Kafka
+
     kafka = Kafka(settings.kafka)
     metas = await read_meta(kafka)
     way_in = KafkaLog(kafka, metas["frames"].epoch).camera(camera)
@@ -257,32 +350,7 @@ async def _has_frames(settings: Settings, camera: Camera) -> bool:
         await way_in.close()
 
 
-def _window(  # noqa: PLR0917 (the options, as they come)
-    open_on: str | None,
-    threshold: float | None,
-    idle: float | None,
-    max_: float | None,
-    max_frames: int | None,
-    fast_label: str | None,
-    fast_score: float | None,
-    fast_cooldown: float | None,
-    stationary_iou: float | None,
-) -> dict[str, Any]:
-    asked = {
-        "open_on": None if open_on is None else tuple(label.strip() for label in open_on.split(",") if label.strip()),
-        "threshold": threshold,
-        "idle_s": idle,
-        "max_s": max_,
-        "max_frames": max_frames,
-        "fast_label": fast_label,
-        "fast_score": fast_score,
-        "fast_cooldown_s": fast_cooldown,
-        "stationary_iou": stationary_iou,
-    }
-    return {name: value for name, value in asked.items() if value is not None}
-
-
-def _check_classes(labels: tuple[str, ...], settings: Settings) -> None:
+def _check_classes(labels: tuple[str, ...], settings: "Settings") -> None:
     known = model_classes(settings)
     for label in labels if known is not None else ():
         if label not in (known or ()):
@@ -293,10 +361,14 @@ def _check_classes(labels: tuple[str, ...], settings: Settings) -> None:
             )
 
 
-def _partition(camera: Camera, settings: Settings) -> int:
+def _partition(camera: "Camera", settings: "Settings") -> int:
+    from streams.topics import partition_of
+
     return partition_of(camera.camera_id, settings.kafka.partitions, camera.partition)
 
 
-def _plain(camera: Camera, settings: Settings) -> dict[str, Any]:
+def _plain(camera: "Camera", settings: "Settings") -> dict[str, Any]:
+    import msgspec
+
     plain: dict[str, Any] = msgspec.to_builtins(camera)
     return plain | {"partition": _partition(camera, settings), "pinned": camera.partition is not None}

@@ -1,19 +1,23 @@
-"""`rewatch config show|schema`: the settings in force and where each comes from; what can be set."""
+"""`rewatch config show|check|schema`: the settings in force and where each comes from; what can be set."""
 
+import difflib
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
-from pydantic import BaseModel, SecretStr
 
-from infra.cli.output import JsonFlag, print_json, print_table
-from infra.config import ALIASES, Settings
+from infra.cli.help import MAINTENANCE, examples
+from infra.cli.output import USAGE, JsonFlag, fail, print_json, print_table
 
-app = typer.Typer(no_args_is_help=True, help="The settings.")
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from infra.config import Settings
+
+app = typer.Typer(no_args_is_help=True)
 
 MASK = "(set, not shown)"
 
@@ -23,43 +27,112 @@ _CREDENTIALS = re.compile(r"(\w://)[^/@\s]+@")
 
 def register(root: typer.Typer) -> None:
     """Add these commands to the root."""
-    root.add_typer(app, name="config")
+    root.add_typer(
+        app,
+        name="config",
+        rich_help_panel=MAINTENANCE,
+        help="Show and check the settings.",
+        epilog=examples("rewatch config show", "rewatch --config site.yaml config check"),
+    )
 
 
-@app.command()
-def show(ctx: typer.Context, as_json: JsonFlag = False) -> None:
+@app.command(
+    epilog=examples(
+        "rewatch config show",
+        "rewatch config show kafka",
+        "rewatch config show --changed             # only what is not a default",
+        "REWATCH_TIME_ZONE=Europe/Berlin rewatch config show time_zone --json",
+    )
+)
+def show(
+    ctx: typer.Context,
+    section: Annotated[
+        str | None, typer.Argument(metavar="[SECTION]", help="Of this section or setting only, as kafka or llm.slots.")
+    ] = None,
+    changed: Annotated[bool, typer.Option("--changed", help="Only what is not a default.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Show the settings in force, and where each comes from. Secrets are not shown."""
-    rows = in_force(ctx.obj)
+    rows = [
+        row
+        for row in in_force(ctx.obj)
+        if (section is None or row[0] == section or row[0].startswith(f"{section}."))
+        and not (changed and row[2] == "default")
+    ]
+    if section is not None and not rows and not changed:
+        fail(f"there is no setting {section}; {_nearest(section)}", USAGE)
     if as_json:
         print_json([{"setting": name, "value": value, "from": source} for name, value, source in rows])
+    elif not rows:
+        typer.echo("everything is a default")
     else:
         print_table(("setting", "value", "from"), rows)
 
 
-@app.command()
+@app.command(epilog=examples("rewatch config check", "rewatch --config site.yaml config check && rewatch up"))
+def check(ctx: typer.Context, as_json: JsonFlag = False) -> None:
+    """Check the settings: exit code 0 when they can be used, 2 and a line for each that cannot."""
+    # They were read, and refused where they cannot be used, before this command began.
+    settings: Settings = ctx.obj
+    file = type(settings).file
+    changed = [(name, source) for name, _, source in in_force(settings) if source != "default"]
+    if as_json:
+        print_json({"ok": True, "file": file, "set": [{"setting": name, "from": source} for name, source in changed]})
+        return
+    where = f"{file} is" if file else "there is no rewatch.yaml here; environment and defaults are"
+    typer.echo(f"{where} good: {len(changed)} settings are not defaults (`rewatch config show --changed`)")
+
+
+@app.command(
+    epilog=examples(
+        "rewatch config schema > rewatch.schema.json",
+        "rewatch config schema | jq '.properties | keys'",
+    )
+)
 def schema(ctx: typer.Context) -> None:
     """Print the JSON schema of rewatch.yaml, for editors that check and complete."""
     del ctx
+    from infra.config import Settings
+
     print_json(Settings.model_json_schema())
 
 
-def in_force(settings: Settings) -> list[tuple[str, Any, str]]:
+def in_force(settings: "Settings") -> list[tuple[str, Any, str]]:
     """Every setting as `(dotted name, JSON-able value, where it comes from)`; secrets are masked."""
     written = _written(type(settings).file)
     return [(name, _plain(value), _source(name, settings, written)) for name, value in _leaves(settings, "")]
 
 
-def _leaves(model: BaseModel, prefix: str) -> list[tuple[str, Any]]:
+def _nearest(name: str) -> str:
+    from infra.config import known_settings
+
+    close = difflib.get_close_matches(name, known_settings(), n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else "`rewatch config show` lists all"
+
+
+def _leaves(model: "BaseModel", prefix: str) -> list[tuple[str, Any]]:
+    from pydantic import BaseModel
+
     leaves: list[tuple[str, Any]] = []
     for name in type(model).model_fields:
         value = getattr(model, name)
-        leaves += _leaves(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [(prefix + name, value)]
+        if isinstance(value, BaseModel):
+            leaves += _leaves(value, f"{prefix}{name}.")
+        elif isinstance(value, dict) and value and all(isinstance(item, BaseModel) for item in value.values()):
+            for key, item in value.items():
+                leaves += _leaves(item, f"{prefix}{name}.{key}.")
+        else:
+            leaves.append((prefix + name, value))
     return leaves
 
 
 def _plain(value: Any) -> Any:
+    from pydantic import Secret, SecretStr
+
     if isinstance(value, SecretStr):
         return MASK
+    if isinstance(value, Secret):  # one that says itself what may be shown of it
+        return str(value)
     if isinstance(value, str | Path):
         return _CREDENTIALS.sub(rf"\g<1>{MASK}@", str(value))
     if isinstance(value, tuple | list | set | frozenset):
@@ -69,8 +142,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _source(name: str, settings: Settings, written: set[str]) -> str:
+def _source(name: str, settings: "Settings", written: set[str]) -> str:
     """Which of the sources won, in their order of precedence."""
+    from infra.config import ALIASES
+
     names = {key.upper(): key for key in os.environ}
     parts = name.split(".")
     # A section, or a map in one, can be given whole: REWATCH_KAFKA='{"partitions": 64}'.
@@ -100,6 +175,8 @@ def _written(file: Path | None) -> set[str]:
     """The dotted names that the file sets."""
     if file is None:
         return set()
+
+    import yaml
 
     def names(tree: Any, prefix: str) -> set[str]:
         if not isinstance(tree, dict):

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from infra.cli.output import NO, JsonFlag, console, fail, print_json, print_table, printable, run, text_of, when
-from processors.store.queries import Queries, Row
-from streams import codec
-from streams.messages import FINGERPRINT
-from streams.topics import TOPICS
+from infra.cli import complete
+from infra.cli.errors import run
+from infra.cli.help import LETTERS, examples
+from infra.cli.output import NO, JsonFlag, console, fail, print_json, print_table, printable, text_of, when
 
 if TYPE_CHECKING:
     from infra.config import Settings
+    from processors.store.queries import Row
     from schemas.records import Record
 
-app = typer.Typer(no_args_is_help=True, help="Dead letters: records that could not be processed.")
+app = typer.Typer(no_args_is_help=True)
 
 # Bytes of a value that `show` prints where they are no record: enough to see what they are.
 _SHOWN = 512
@@ -32,21 +32,36 @@ FIXES = {
 
 def register(root: typer.Typer) -> None:
     """Add these commands to the root."""
-    root.add_typer(app, name="dlq")
+    root.add_typer(
+        app,
+        name="dlq",
+        rich_help_panel=LETTERS,
+        help="List dead letters, the records that could not be processed, or show one.",
+        epilog=examples("rewatch dlq ls", "rewatch dlq show frames:3f2a"),
+    )
 
 
-@app.command("ls")
+@app.command(
+    "ls",
+    epilog=examples(
+        "rewatch dlq ls", "rewatch dlq ls --stage analyze --kind error", "rewatch dlq ls --limit 1000 --json"
+    ),
+)
 def ls(
     ctx: typer.Context,
-    stage: Annotated[str | None, typer.Option(help="Of this stage only.")] = None,
-    kind: Annotated[str | None, typer.Option(help="error, gap, rejected or shed.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Of this stage only.", autocompletion=complete.stages)] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="error, gap, rejected or shed.", autocompletion=complete.kinds)
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most so many, the newest.")] = 50,
     as_json: JsonFlag = False,
 ) -> None:
     """List dead letters, newest first."""
     settings: Settings = ctx.obj
 
-    async def main() -> list[Row]:
+    async def main() -> "list[Row]":
+        from processors.store.queries import Queries
+
         async with aclosing(Queries(settings.clickhouse)) as store:
             return await store.dead_letters(stage=stage, kind=kind, limit=limit)
 
@@ -73,16 +88,25 @@ def ls(
         )
 
 
-@app.command("show")
+@app.command("show", epilog=examples("rewatch dlq show frames:3f2a", "rewatch dlq show frames:3f2a --json"))
 def show(
     ctx: typer.Context,
-    origin: Annotated[str, typer.Argument(help="The origin that `dlq ls` prints, or a beginning that only one has.")],
+    origin: Annotated[
+        str,
+        typer.Argument(
+            metavar="ORIGIN",
+            help="The origin that `dlq ls` prints, or a beginning that only one has.",
+            autocompletion=complete.letters,
+        ),
+    ],
     as_json: JsonFlag = False,
 ) -> None:
     """Show one dead letter: what it was, why it failed, what mends it."""
     settings: Settings = ctx.obj
 
-    async def main() -> list[Row]:
+    async def main() -> "list[Row]":
+        from processors.store.queries import Queries
+
         async with aclosing(Queries(settings.clickhouse)) as store:
             return await store.dead_letters(origin=origin, limit=20)
 
@@ -108,7 +132,7 @@ def show(
         out.print()
 
 
-def plain(letter: Row) -> dict[str, Any]:
+def plain(letter: "Row") -> dict[str, Any]:
     """The letter as people and programs can read it: its value decoded where it is a record, else as hex."""
     value = None if letter["value"] is None else bytes.fromhex(letter["value"])
     headers = {name: bytes.fromhex(content) for name, content in letter["headers"]}
@@ -133,6 +157,10 @@ def plain(letter: Row) -> dict[str, Any]:
 
 
 def _value(topic: str, value: bytes, headers: dict[str, bytes]) -> Any:
+    from streams import codec
+    from streams.messages import FINGERPRINT
+    from streams.topics import TOPICS
+
     if topic in TOPICS:
         kind: type[Record] = TOPICS[topic].record
         try:

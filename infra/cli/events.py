@@ -11,6 +11,9 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
+from infra.cli import complete
+from infra.cli.errors import run
+from infra.cli.help import LOOK, examples
 from infra.cli.output import (
     NO,
     USAGE,
@@ -21,33 +24,59 @@ from infra.cli.output import (
     print_json,
     print_table,
     printable,
-    run,
     text_of,
     when,
 )
-from processors.store.queries import Lineage, Queries, Row
-from schemas.ids import origin
 
 if TYPE_CHECKING:
     from infra.config import Settings
+    from processors.store.queries import Lineage, Queries, Row
 
-app = typer.Typer(no_args_is_help=True, help="Verdicts.")
+app = typer.Typer(no_args_is_help=True)
 
-_ID = Annotated[str, typer.Argument(metavar="EVENT", help="An event's id, or a beginning of it that only one has.")]
+_ID = Annotated[
+    str,
+    typer.Argument(
+        metavar="EVENT",
+        help="An event's id, or a beginning of it that only one has; with or without its camera.",
+        autocompletion=complete.events,
+    ),
+]
 _SINCE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 def register(root: typer.Typer) -> None:
     """Add these commands to the root."""
-    root.add_typer(app, name="events")
-    root.command()(explain)
+    root.add_typer(
+        app,
+        name="events",
+        rich_help_panel=LOOK,
+        help="List events, the verdicts on windows, or show one.",
+        epilog=examples("rewatch events ls --since 12h", "rewatch events show front-door:7c1b"),
+    )
+    root.command(
+        rich_help_panel=LOOK,
+        epilog=examples(
+            "rewatch explain front-door:7c1b",
+            "rewatch explain 7c1b --prompt      # what the model was asked, what it said",
+            "rewatch explain 7c1b --json",
+        ),
+    )(explain)
 
 
-@app.command("ls")
+@app.command(
+    "ls",
+    epilog=examples(
+        "rewatch events ls",
+        "rewatch events ls --since 12h --level critical",
+        "rewatch events ls --camera front-door --since 2026-11-02T18:00 --limit 100",
+        "rewatch events ls --json",
+    ),
+)
 def ls(  # noqa: PLR0917 (typer makes options of parameters)
     ctx: typer.Context,
-    camera: Annotated[str | None, typer.Option(help="Of this camera only.")] = None,
+    camera: Annotated[str | None, typer.Option(help="Of this camera only.", autocompletion=complete.cameras)] = None,
     level: Annotated[
         Literal["low", "medium", "high", "critical"] | None, typer.Option(help="Of this risk level only.")
     ] = None,
@@ -64,7 +93,9 @@ def ls(  # noqa: PLR0917 (typer makes options of parameters)
     except ValueError as error:
         fail(f"--since {since}: {error}", USAGE)
 
-    async def main() -> list[Row]:
+    async def main() -> "list[Row]":
+        from processors.store.queries import Queries
+
         async with aclosing(Queries(settings.clickhouse)) as store:
             return await store.events(camera=camera, level=level, since=from_time, limit=limit)
 
@@ -89,12 +120,14 @@ def ls(  # noqa: PLR0917 (typer makes options of parameters)
         )
 
 
-@app.command("show")
+@app.command("show", epilog=examples("rewatch events show front-door:7c1b", "rewatch events show 7c1b --json"))
 def show(ctx: typer.Context, event: _ID, as_json: JsonFlag = False) -> None:
     """Show one event whole."""
     settings: Settings = ctx.obj
 
-    async def main() -> Row:
+    async def main() -> "Row":
+        from processors.store.queries import Queries
+
         async with aclosing(Queries(settings.clickhouse)) as store:
             return await _find(store, event)
 
@@ -115,10 +148,15 @@ def explain(
     prompt: Annotated[bool, typer.Option("--prompt", help="Also the rendered prompt and the raw completion.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show where an event comes from: verdict, prompt, window, frames with their hashes, what was seen in each."""
+    """Show where an event comes from.
+
+    Its verdict and prompt, its window, each frame with the hash of its image, and what was seen in it.
+    """
     settings: Settings = ctx.obj
 
-    async def main() -> Lineage:
+    async def main() -> "Lineage":
+        from processors.store.queries import Queries
+
         async with aclosing(Queries(settings.clickhouse)) as store:
             return await store.made_from(await _find(store, event))
 
@@ -145,7 +183,7 @@ def moment(text: str, now: datetime) -> datetime:
     return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
 
 
-async def _find(store: Queries, text: str) -> Row:
+async def _find(store: "Queries", text: str) -> "Row":
     """The event of that id or beginning; says what is near where there is none, or several."""
     found = await store.events_like(text, limit=6)
     exact = [event for event in found if event["event_id"] == text]
@@ -160,7 +198,7 @@ async def _find(store: Queries, text: str) -> Row:
     return fail(f"there is no event {text}; {hint}", NO)
 
 
-def as_plain(lineage: Lineage) -> dict[str, Any]:
+def as_plain(lineage: "Lineage") -> dict[str, Any]:
     """The lineage as one JSON-able tree: the event, its context, its batch, the batch's frames in order."""
     batch = lineage.batch
     return {
@@ -179,7 +217,7 @@ def as_plain(lineage: Lineage) -> dict[str, Any]:
     }
 
 
-def tree(lineage: Lineage, time_zone: str, *, prompt: bool = False) -> Tree:
+def tree(lineage: "Lineage", time_zone: str, *, prompt: bool = False) -> Tree:
     """The lineage for people."""
     plain = as_plain(lineage)
     event = lineage.event
@@ -193,7 +231,7 @@ def tree(lineage: Lineage, time_zone: str, *, prompt: bool = False) -> Tree:
     return root
 
 
-def _add_verdict(root: Tree, event: Row) -> None:
+def _add_verdict(root: Tree, event: "Row") -> None:
     branch = root.add(Text.assemble(("verdict ", "bold"), level_text(event["risk_level"], event["risk_score"])))
     branch.add(Text(printable(event["summary"])))
     branch.add(_line("why", event["reasoning"]))
@@ -203,7 +241,7 @@ def _add_verdict(root: Tree, event: Row) -> None:
     branch.add(_line("recommended", event["recommended_action"]))
 
 
-def _add_judge(root: Tree, event: Row, time_zone: str, *, prompt: bool) -> None:
+def _add_judge(root: Tree, event: "Row", time_zone: str, *, prompt: bool) -> None:
     branch = root.add(Text.assemble(("judged by ", "bold"), printable(event["model"])))
     branch.add(_line("prompt", event["prompt_digest"]))
     branch.add(_line("model sha256", event["model_digest"] or "unknown: the server's weights cannot be read here"))
@@ -292,18 +330,20 @@ def _add_frame(parent: Tree, entry: dict[str, Any], time_zone: str) -> None:
     branch.add(_line("detected by", f"{detections['model']} on {detections['runtime']}, {detections['origin']}"))
 
 
-def _with_origin(topic: str, row: Row | None) -> dict[str, Any] | None:
+def _with_origin(topic: str, row: "Row | None") -> dict[str, Any] | None:
+    from schemas.ids import origin
+
     if row is None:
         return None
     place = {"origin": origin(topic, row["epoch"], row["partition"], row["offset"])}
     return {name: value for name, value in row.items() if name not in {"epoch", "partition", "offset"}} | place
 
 
-def _without_frames(batch: Row) -> Row:
+def _without_frames(batch: "Row") -> "Row":
     return {name: value for name, value in batch.items() if not name.startswith("frames.")}
 
 
-def _in_batch(batch: Row | None, frame_id: str) -> dict[str, Any]:
+def _in_batch(batch: "Row | None", frame_id: str) -> dict[str, Any]:
     """What the window says of its frame."""
     if batch is None or frame_id not in batch["frames.frame_id"]:
         return {}
@@ -311,7 +351,7 @@ def _in_batch(batch: Row | None, frame_id: str) -> dict[str, Any]:
     return {name: batch[f"frames.{name}"][index] for name in ("event_at", "matters", "late", "boxes")}
 
 
-def _detections(row: Row | None) -> dict[str, Any] | None:
+def _detections(row: "Row | None") -> dict[str, Any] | None:
     plain = _with_origin("detections", row)
     if plain is None:
         return None

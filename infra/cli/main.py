@@ -1,6 +1,11 @@
-"""The root of the command line: global options, and the one place where all commands are assembled."""
+"""The root of the command line: global options, and the one place where all commands are assembled.
 
-import logging
+A command's module imports at its top only what describes the command; what it runs is imported by it. `--help` and
+completion then take a third of a second, and no command pays for another's model.
+"""
+
+import contextlib
+import io
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -8,17 +13,27 @@ from typing import Annotated
 
 import typer
 
-from infra import logs
-from infra.cli import cameras, dlq, doctor, events, ingest, migrate, run, show, sql
+from infra.cli import cameras, dlq, doctor, events, ingest, migrate, models, run, show, sql
 from infra.cli import config as config_commands
-from infra.config import ConfigError, load
+from infra.cli.help import EXIT_CODES, HELP_ASKED, Panelled, examples
+
+_FIRST_STEPS = examples(
+    "rewatch demo                   # three rendered cameras, a minute",
+    "rewatch up                     # everything here, until Ctrl-C",
+    "rewatch events ls --since 12h  # what happened",
+    "rewatch doctor                 # what is wrong, and the fix",
+    "rewatch --install-completion   # TAB completes cameras, events ...",
+)
 
 app = typer.Typer(
+    cls=Panelled,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="rewatch watches cameras with local AI, and remembers everything as events that can be replayed.",
+    epilog=f"{_FIRST_STEPS}\n\n{EXIT_CODES}",
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
-for commands in (run, ingest, show, events, sql, cameras, dlq, doctor, migrate, config_commands):
+for commands in (run, ingest, show, events, sql, cameras, dlq, doctor, models, migrate, config_commands):
     commands.register(app)
 
 
@@ -41,15 +56,28 @@ def root(
     ] = False,
 ) -> None:
     """Read the settings once; every command gets them."""
-    logs.to_stderr(logging.INFO if verbose else logging.WARNING)
+    if ctx.meta[HELP_ASKED]:
+        return  # it is asked for where the settings are wrong, too
+    from infra import logs
+    from infra.config import load
+
+    logs.to_stderr("info" if verbose else "warning")
     ctx.obj = load(config)
     ctx.meta["config"] = config
 
 
 def main() -> None:
     """Run a command; what people can mend is one clear line, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that knows no UTF-8 shows \\xe9, instead of ending the command in the middle of a table.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except ConfigError as error:
-        typer.echo(f"settings: {error}", err=True)
-        sys.exit(2)
+    except Exception as error:
+        # Looked up: only a command that read settings can have met this error, and has imported it then.
+        if (config := sys.modules.get("infra.config")) is not None and isinstance(error, config.ConfigError):
+            with contextlib.suppress(BrokenPipeError):
+                typer.echo(f"settings: {error}", err=True)
+            sys.exit(2)
+        raise

@@ -4,11 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from infra.cli.output import USAGE, JsonFlag, fail, print_json, run
-from processors.sink.store import ClickHouseStore
-from schemas.migrations import MigrationError
-from streams.admin import ensure_topics
-from streams.kafka import Kafka
+from infra.cli.errors import run
+from infra.cli.help import MAINTENANCE, examples
+from infra.cli.output import JsonFlag, print_json
 
 if TYPE_CHECKING:
     from infra.config import Settings
@@ -16,14 +14,23 @@ if TYPE_CHECKING:
 
 def register(root: typer.Typer) -> None:
     """Add this command to the root."""
-    root.command()(migrate)
+    root.command(
+        rich_help_panel=MAINTENANCE, epilog=examples("rewatch migrate", "rewatch --config site.yaml migrate --json")
+    )(migrate)
 
 
 def migrate(ctx: typer.Context, as_json: JsonFlag = False) -> None:
-    """Make topics and ClickHouse's tables, or bring them to this version; safe to repeat. `rewatch up` does it too."""
+    """Bring topics and ClickHouse's tables to this version.
+
+    It makes what is missing, and is safe to repeat. `rewatch up` does it too.
+    """
     settings: Settings = ctx.obj
 
     async def main() -> dict[str, Any]:
+        from processors.sink.store import ClickHouseStore
+        from streams.admin import ensure_topics
+        from streams.kafka import Kafka
+
         kafka = Kafka(settings.kafka)
         # Not from `meta`: a topic that the broker lost is made again under a name that stands there.
         async with kafka.admin() as admin:
@@ -40,10 +47,7 @@ def migrate(ctx: typer.Context, as_json: JsonFlag = False) -> None:
             "migrations_applied": [f"{migration.version:03d}_{migration.name}" for migration in applied],
         }
 
-    try:
-        done = run(settings, main, doing="migrating ...")
-    except MigrationError as error:
-        fail(str(error), USAGE)
+    done = run(settings, main, doing="migrating ...")
     if as_json:
         print_json(done)
         return

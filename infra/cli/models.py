@@ -23,7 +23,12 @@ _NAME = Annotated[str, typer.Argument(metavar="MODEL", help="A name of `rewatch 
 
 def register(root: typer.Typer) -> None:
     """Add these commands to the root."""
-    root.add_typer(app, name="models", rich_help_panel=MAINTENANCE)
+    root.add_typer(
+        app,
+        name="models",
+        rich_help_panel=MAINTENANCE,
+        epilog=examples("rewatch models ls", "rewatch models pull nemotron-mini-4b"),
+    )
 
 
 @app.command("ls", epilog=examples("rewatch models ls", "rewatch models ls --json"))
@@ -69,8 +74,9 @@ def pull(
     quant: Annotated[str, typer.Option(help="Of an LLM another quantisation, as Q5_K_M.")] = "",
     as_json: JsonFlag = False,
 ) -> None:
-    """Bring a model from its hub: resumed where it broke off, checked against what the hub published.
+    """Bring a model from its hub.
 
+    It is resumed where it broke off, and checked against what the hub published.
     For a machine without a line, pull on another one and carry the folder: `models verify` checks it there, and
     `models use MODEL --path FOLDER` takes it from where it lies. HF_ENDPOINT names a mirror, HF_TOKEN an account.
     """
@@ -103,7 +109,10 @@ def verify(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Read models' files and compare them with what was published; exit code 1 when a byte differs."""
+    """Read models' files and compare them with what was published.
+
+    Exit code 1 when a byte differs.
+    """
     from infra.models import library, shelf
     from processors.detect.settings import ModelError
 
@@ -144,7 +153,10 @@ def use(
     path: Annotated[Path | None, typer.Option(help="Where it lies, if it was not pulled here.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Name a model in the settings file; comments and everything else in it stay. In force at the next start."""
+    """Name a model in the settings file, in force at the next start.
+
+    Comments and everything else in it stay.
+    """
     from infra.models import shelf
     from processors.detect.settings import ModelError
 

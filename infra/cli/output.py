@@ -1,33 +1,29 @@
-"""How commands speak: tables for people, JSON for programs, one line for what a person can mend, exit codes.
+"""How commands speak: tables for people, JSON for programs, one line on stderr for what went wrong, exit codes.
 
-Exit codes: 0 yes; 1 the answer is no, or a check failed; 2 usage or settings; 3 a service is away.
+Every command imports it, `--help` and completion too: it must import nothing that takes time.
 """
 
-import asyncio
 import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 from zoneinfo import ZoneInfo
 
 import typer
-from aiokafka.errors import KafkaError
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from infra.config import Settings
-from processors.store.queries import QueryError
-from streams.admin import TopicsError
-from streams.errors import UnavailableError
-
+# What they mean stands in infra/cli/help.py, for `rewatch --help`.
 NO = 1
 USAGE = 2
 AWAY = 3
+INTERRUPTED = 130
+"""As shells tell it: 128 and the number of SIGINT."""
 
 # A pipe has no width: wide enough for an id and a sentence, so that lines stay whole for grep.
 PIPE_WIDTH = 240
@@ -35,8 +31,6 @@ PIPE_WIDTH = 240
 LEVEL_STYLES = {"low": "green", "medium": "yellow", "high": "red", "critical": "bold white on red"}
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
-
-T = TypeVar("T")
 
 
 def fail(message: str, code: int = NO) -> NoReturn:
@@ -114,38 +108,6 @@ def working(what: str) -> Iterator[None]:
     """A spinner on stderr while something takes its time; nothing when stderr is no terminal."""
     with Console(stderr=True).status(what) if sys.stderr.isatty() else contextlib.nullcontext():
         yield
-
-
-def run(settings: Settings, main: Callable[[], Coroutine[Any, Any, T]], *, doing: str = "reading ...") -> T:
-    """Run a command's work; a service that is away, or says no, is one clear line and an exit code."""
-    try:
-        with working(doing):
-            return asyncio.run(main())
-    except TopicsError as error:
-        fail(str(error), USAGE)
-    except (KafkaError, TimeoutError) as error:
-        fail(f"{broker_away(settings)}: {explain(error)}", AWAY)
-    except UnavailableError as error:
-        fail(f"{error}{start_hint(settings)}", AWAY)
-    except QueryError as error:
-        fail(f"ClickHouse: {error}", NO)
-
-
-def broker_away(settings: Settings) -> str:
-    """Which setting names the broker, and what to do."""
-    start = "start it with `rewatch up`, or set kafka.bootstrap_servers" if settings.local_kafka else "look there"
-    return f"no answer from the broker at {settings.kafka.bootstrap_servers} (kafka.bootstrap_servers); {start}"
-
-
-def start_hint(settings: Settings) -> str:
-    """What starts an embedded ClickHouse; nothing where it is someone else's."""
-    return "; start it with `rewatch up`, or set clickhouse.url" if settings.local_clickhouse else ""
-
-
-def explain(error: BaseException) -> str:
-    """One line about an error: its class says more than nothing."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _jsonable(value: Any) -> Any:

@@ -1,106 +1,161 @@
-"""Commands that run something: `up`, `demo`, `run STAGE`.
-
-What they run is imported by them: other commands must not pay for it.
-"""
+"""Commands that run something: `up`, `demo`, `run STAGE`."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import time
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from aiokafka.errors import KafkaError
+from rich.text import Text
 
-from infra import topology
-from infra.cli.output import AWAY, USAGE, broker_away, console, explain, fail
-from infra.config import Settings
-from infra.worker import stop_event, work
-from processors.detect.settings import ModelError
-from schemas.migrations import MigrationError
-from streams.admin import TopicsError
-from streams.errors import FencedError, UnavailableError, UncertainError
-from streams.serving import SettingsError
+from infra.cli import complete
+from infra.cli.errors import mendable
+from infra.cli.help import RUN, examples
+from infra.cli.lifecycle import Stop, Tally, bring_up, duration, left, look, narrate
+from infra.cli.output import INTERRUPTED, USAGE, console, fail
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from infra.config import Settings
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the root."""
-    app.command()(up)
-    app.command()(demo)
-    app.command("run")(run_stage)
+    app.command(
+        rich_help_panel=RUN,
+        epilog=examples(
+            "rewatch up",
+            "rewatch --config site.yaml up",
+            "REWATCH_LOCAL__KAFKA_PORT=9192 rewatch up  # 9092 is taken",
+        ),
+    )(up)
+    app.command(
+        rich_help_panel=RUN,
+        epilog=examples("rewatch demo", "REWATCH_DATA_DIR=/tmp/demo rewatch demo  # leaves .rewatch alone"),
+    )(demo)
+    app.command(
+        "run",
+        rich_help_panel=RUN,
+        epilog=examples(
+            "rewatch run detect  # as many as you like, on any machine",
+            "REWATCH_KAFKA__BOOTSTRAP_SERVERS=log1:9092 rewatch run analyze",
+            "rewatch --verbose run ingest",
+        ),
+    )(run_stage)
 
 
 def up(ctx: typer.Context) -> None:
-    """Start everything on this machine and keep it running; Ctrl-C stops it in order. The data stay."""
+    """Run everything on this machine, until Ctrl-C.
+
+    The servers that are not set to be elsewhere, and every stage. A process that dies is started again. Ctrl-C stops
+    in order and says what was done; a second one stops at once. The data stay.
+    """
     from infra.installation import Installation
 
     settings: Settings = ctx.obj
     out = console()
 
     async def main() -> None:
-        stop = stop_event()
+        stop = Stop(out)
+        began = time.monotonic()
         installation = Installation(settings, ctx.meta["config"])
-        with out.status("starting servers and stages ..."):
-            await installation.__aenter__()
+        if not await bring_up(installation, out, stop):
+            out.print(f"stopped before it was up; data stay in {settings.data_dir.absolute()}", soft_wrap=True)
+            return
+        tally = Tally(settings)
+        _say_what_next(out, settings, time.monotonic() - began)
+        failed = asyncio.create_task(installation.stack.supervisor.wait())
+        stopped = asyncio.create_task(stop.asked.wait())
+        telling = asyncio.create_task(narrate(installation, out))
+        summary: list[str] = []
         try:
-            out.print(f"rewatch is up: drop JPEGs into {settings.ingest.folder.root}/<camera>/,")
-            out.print(f"or POST them to {settings.ingest.upload.url}/api/upload?camera=<camera>")
-            out.print("ask with `rewatch events ls`, `rewatch status`, `rewatch sql`; stop with Ctrl-C")
-            failed = asyncio.create_task(installation.stack.supervisor.wait())
-            stopped = asyncio.create_task(stop.wait())
             await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            with out.status("counting ..."):
+                summary = await tally.summary()
             if failed.done():
                 failed.result()
         finally:
-            out.print("stopping ...")
-            await installation.__aexit__(None, None, None)
+            for task in (failed, stopped, telling):
+                task.cancel()
+            with out.status("stopping ..."):
+                await installation.__aexit__(None, None, None)
+            for line in summary:
+                out.print(line, soft_wrap=True)
 
-    _run(settings, main())
+    mendable(settings, lambda: asyncio.run(main()))
 
 
 def demo(ctx: typer.Context) -> None:
-    """Play three rendered cameras through the whole pipeline, show what it found, and stop. The data stay."""
-    from infra.demo import DemoError, run_demo
-    from infra.local.supervisor import AlreadyRunningError
+    """Play three rendered cameras through everything, show what it found, and stop.
 
-    async def main() -> None:
+    On the real broker, ClickHouse engine, detector and LLM server, in about a minute. The data stay.
+    """
+    from infra.demo import DemoError, run_demo
+
+    async def main() -> bool:
+        out = console()
         try:
-            await run_demo(ctx.obj, ctx.meta["config"], stop_event())
-        except (DemoError, AlreadyRunningError) as error:
+            return await run_demo(ctx.obj, ctx.meta["config"], out, Stop(out))
+        except DemoError as error:
             fail(str(error))
 
-    _run(ctx.obj, main())
+    if not mendable(ctx.obj, lambda: asyncio.run(main())):
+        raise typer.Exit(INTERRUPTED)
 
 
 def run_stage(
     ctx: typer.Context,
-    stage: Annotated[str, typer.Argument(help=f"One of: {', '.join(topology.PROCESSES)}.")],
+    stage: Annotated[
+        str,
+        typer.Argument(metavar="STAGE", help=f"One of: {', '.join(complete.STAGES)}.", autocompletion=complete.stages),
+    ],
     status: Annotated[Path | None, typer.Option(help="Where it writes how it is; default below data_dir.")] = None,
 ) -> None:
-    """Run one stage in this process until SIGTERM; on as many machines as you like."""
+    """Run one stage in this process, until Ctrl-C or SIGTERM.
+
+    On as many machines as you like: they share the work. What was in hand at the stop is not lost.
+    """
+    from infra import topology
+    from infra.worker import work
+
+    settings: Settings = ctx.obj
     if stage not in topology.PROCESSES:
         fail(f"there is no stage {stage!r}; there are {', '.join(topology.PROCESSES)}", USAGE)
-    _run(ctx.obj, work(ctx.obj, stage, status))
+    out = console()
+
+    async def main() -> None:
+        stop = Stop(out)
+        began = time.monotonic()
+        out.print(f"{stage} runs on {settings.kafka.bootstrap_servers}; Ctrl-C stops it in order", soft_wrap=True)
+        try:
+            await work(settings, stage, status, stop=stop.asked)
+        finally:  # also where it was asked to stop before the broker answered, which ends it with SystemExit
+            if stop.asked.is_set():
+                out.print(f"{stage} stopped after {duration(time.monotonic() - began)}", soft_wrap=True)
+        seen = await look(settings, count=False)
+        if seen is not None and stage in seen.positions:
+            out.print(left(seen, stage), soft_wrap=True)
+
+    mendable(settings, lambda: asyncio.run(main()))
 
 
-def _run(settings: Settings, main: Coroutine[Any, Any, None]) -> None:
-    mendable(settings, lambda: asyncio.run(main))
-
-
-def mendable(settings: Settings, run: Callable[[], T]) -> T:
-    """Run it; failures that a person can mend are one line and an exit code."""
-    from infra.local.process import StartError
-    from infra.local.supervisor import AlreadyRunningError, ProcessFailedError
-
-    try:
-        return run()
-    except AlreadyRunningError as error:
-        console().print(str(error))
-        raise typer.Exit(0) from None
-    except (SettingsError, ModelError, TopicsError, MigrationError) as error:
-        fail(str(error), USAGE)
-    except (StartError, ProcessFailedError, UnavailableError) as error:
-        fail(str(error), AWAY)
-    except (KafkaError, TimeoutError, FencedError, UncertainError) as error:
-        fail(f"{broker_away(settings)}: {explain(error)}", AWAY)
+def _say_what_next(out: "Console", settings: "Settings", seconds: float) -> None:
+    """What a person does with it now: where to look, where images go, what to ask, where the logs are."""
+    upload, folder = settings.ingest.upload, settings.ingest.folder
+    lines: list[tuple[str, str]] = []
+    if settings.gateway.enabled:
+        lines.append(("look", settings.gateway.url))
+    if folder.enabled:
+        lines.append(("drop", f"JPEGs into {folder.root}/<camera>/; a new folder is a new camera"))
+    if upload.enabled:
+        known = "" if upload.auto_create else "  (after `rewatch camera add front-door`)"
+        address = f"{upload.url}/api/upload?camera=front-door"
+        lines.append(("upload", f"curl --data-binary @snapshot.jpg '{address}'{known}"))
+    lines += [
+        ("ask", 'rewatch events ls     rewatch status     rewatch sql "SHOW TABLES"     rewatch doctor'),
+        ("logs", f"{settings.data_dir}/logs/"),
+    ]
+    out.print(f"[bold]rewatch is up[/bold] after {seconds:.0f} s. Ctrl-C stops it; the data stay.", soft_wrap=True)
+    for name, text in lines:
+        out.print(Text.assemble("  ", (f"{name:<8}", "bold"), text), soft_wrap=True)

@@ -5,32 +5,17 @@ import json
 import time
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import typer
-from aiokafka.errors import KafkaError
 
-from infra.cli.output import (
-    AWAY,
-    NO,
-    JsonFlag,
-    broker_away,
-    explain,
-    fail,
-    print_json,
-    print_table,
-    run,
-    start_hint,
-    when,
-)
-from infra.config import Settings
-from infra.local.supervisor import read_state
-from streams.survey import READS, Position, Survey, survey
-from processors.store.queries import Queries
-from streams.errors import UnavailableError
-from streams.kafka import Kafka
-from streams.topics import STORED
+from infra.cli.errors import broker_away, explain, run, start_hint
+from infra.cli.help import LOOK, examples
+from infra.cli.output import AWAY, NO, JsonFlag, fail, print_json, print_table, when
+
+if TYPE_CHECKING:
+    from infra.config import Settings
+    from streams.survey import Position, Survey
 
 # A worker writes its report every second; one that is older than this by far is not at work.
 FRESH_S = 10.0
@@ -38,12 +23,26 @@ FRESH_S = 10.0
 
 def register(root: typer.Typer) -> None:
     """Add these commands to the root."""
-    root.command()(status)
-    root.command()(lag)
+    root.command(
+        rich_help_panel=LOOK,
+        epilog=examples(
+            "rewatch status",
+            "watch -n 5 rewatch status",
+            "rewatch status --json | jq '.stages[] | {stage, lag}'",
+        ),
+    )(status)
+    root.command(
+        rich_help_panel=LOOK,
+        epilog=examples(
+            "rewatch lag",
+            "until rewatch lag >/dev/null; do sleep 1; done     # wait for the end of the work",
+            "rewatch lag --json",
+        ),
+    )(lag)
 
 
 def status(ctx: typer.Context, as_json: JsonFlag = False) -> None:
-    """Show what runs, what every topic holds, on the log and in ClickHouse, and what each stage waits on.
+    """Show what runs, what is on the log and in ClickHouse, and what each stage waits on.
 
     Records are counted by reading (offsets have holes); `~` marks an estimate of a topic too long for that.
     Exit code 3 when the broker or ClickHouse is away.
@@ -61,9 +60,12 @@ def status(ctx: typer.Context, as_json: JsonFlag = False) -> None:
 def lag(ctx: typer.Context, as_json: JsonFlag = False) -> None:
     """Show how many records each stage has before it, by partition.
 
-    Exit code 0 when every stage is caught up, 1 when one is not: `until rewatch lag >/dev/null; do sleep 1; done`
-    waits for the end of the work. Frames of a window that is still open stand before `batch` until it closes.
+    Exit code 0 when every stage is caught up, 1 when one is not. Frames of a window that is still open stand before
+    `batch` until it closes.
     """
+    from streams.kafka import Kafka
+    from streams.survey import READS, survey
+
     settings: Settings = ctx.obj
     look = run(settings, lambda: survey(Kafka(settings.kafka), count=False))
     if not look.metas:
@@ -96,13 +98,16 @@ def lag(ctx: typer.Context, as_json: JsonFlag = False) -> None:
         raise typer.Exit(NO)
 
 
-async def collect(settings: Settings) -> dict[str, Any]:
+async def collect(settings: "Settings") -> dict[str, Any]:
     """What `rewatch status --json` says.
 
     Returns `topics` (`topic`, `records`, `exact`, `in_clickhouse`: None where it cannot be told), `stages` (`stage`,
     `lag`, `exact`, `caught_up`, `waiting_on`, `workers`), `processes`, `dead_letters` and `problems`: services that
     are away. It never raises for those.
     """
+    from streams.survey import READS
+    from streams.topics import STORED
+
     problems: list[dict[str, str]] = []
     look, stored = await asyncio.gather(_look(settings, problems), _stored(settings, problems))
     counts, letters = stored
@@ -138,7 +143,12 @@ async def collect(settings: Settings) -> dict[str, Any]:
     }
 
 
-async def _look(settings: Settings, problems: list[dict[str, str]]) -> Survey | None:
+async def _look(settings: "Settings", problems: list[dict[str, str]]) -> "Survey | None":
+    from aiokafka.errors import KafkaError
+
+    from streams.kafka import Kafka
+    from streams.survey import survey
+
     try:
         return await survey(Kafka(settings.kafka))
     except (KafkaError, TimeoutError, OSError) as error:
@@ -147,8 +157,11 @@ async def _look(settings: Settings, problems: list[dict[str, str]]) -> Survey | 
 
 
 async def _stored(
-    settings: Settings, problems: list[dict[str, str]]
+    settings: "Settings", problems: list[dict[str, str]]
 ) -> tuple[dict[str, int] | None, list[dict[str, Any]] | None]:
+    from processors.store.queries import Queries
+    from streams.errors import UnavailableError
+
     try:
         async with aclosing(Queries(settings.clickhouse)) as store:
             return await store.counts(), await store.dead_letter_counts()
@@ -159,7 +172,7 @@ async def _stored(
 
 def _stage(
     name: str,
-    positions: list[Position] | None,
+    positions: "list[Position] | None",
     reports: list[dict[str, Any]],
     *,
     partitions: bool = False,
@@ -191,6 +204,8 @@ def _stage(
 
 def supervised(data_dir: Path) -> dict[str, Any]:
     """What the supervisor on this data directory says it runs, by process name; empty where there is none."""
+    from infra.local.supervisor import read_state
+
     try:
         state = read_state(data_dir)
     except OSError:  # a directory that cannot be read is doctor's to name
@@ -200,6 +215,8 @@ def supervised(data_dir: Path) -> dict[str, Any]:
 
 def _reports(data_dir: Path) -> list[dict[str, Any]]:
     """What the live workers on this data directory say of themselves."""
+    import psutil
+
     reports: list[dict[str, Any]] = []
     for path in sorted((data_dir / "status").glob("*.json")):
         try:
@@ -221,7 +238,7 @@ def _worker(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _print_status(state: dict[str, Any], settings: Settings) -> None:
+def _print_status(state: dict[str, Any], settings: "Settings") -> None:
     if state["processes"]:
         print_table(
             ("process", "state", "pid", "port", "restarts", "since"),

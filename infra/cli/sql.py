@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infra.cli.output import USAGE, JsonFlag, fail, print_table, printable, run
-from processors.store.queries import Queries
+from infra.cli.errors import run
+from infra.cli.help import LOOK, examples
+from infra.cli.output import USAGE, JsonFlag, fail, print_table, printable
 
 if TYPE_CHECKING:
     from infra.config import Settings
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
 
 def register(root: typer.Typer) -> None:
     """Add this command to the root."""
-    root.command()(sql)
+    root.command(
+        rich_help_panel=LOOK,
+        epilog=examples(
+            'rewatch sql "SHOW TABLES"',
+            'rewatch sql "DESCRIBE events"',
+            'rewatch sql "SELECT camera_id, risk_level, count() FROM events GROUP BY ALL"',
+            'rewatch sql "SELECT * FROM events" --limit 0 --csv > events.csv',
+        ),
+    )(sql)
 
 
 def sql(
@@ -26,7 +35,7 @@ def sql(
     as_json: JsonFlag = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a header line.")] = False,
 ) -> None:
-    """Ask ClickHouse, read-only. Try: SELECT * FROM events LIMIT 5; SHOW TABLES; DESCRIBE events."""
+    """Ask ClickHouse in SQL, read-only."""
     settings: Settings = ctx.obj
     if as_json and as_csv:
         fail("--json or --csv, not both", USAGE)
@@ -36,6 +45,8 @@ def sql(
     wanted = "CSVWithNames" if as_csv else "JSON" if as_json else "JSONCompact"
 
     async def main() -> bytes:
+        from processors.store.queries import Queries
+
         async with aclosing(Queries(settings.clickhouse)) as store:
             # One row more than is shown tells whether there are more.
             return await store.raw(text, wanted, limit=limit + 1 if limit and not as_json and not as_csv else limit)

@@ -14,6 +14,7 @@ from pathlib import Path
 LAUNCHER = Path(__file__).with_name("die_with_parent.py")
 POLL_SECONDS = 0.05  # between two readiness checks: the servers take 0.5-3 s to start
 LOG_TAIL_LINES = 20  # enough for a stack trace's last frames and its message
+_START = "--- "  # the first line of each run
 LOG_MAX_BYTES = 20 * 1024 * 1024  # then it becomes NAME.log.1: two files a process bound the disk it takes
 
 
@@ -141,7 +142,10 @@ class Process:
         with suppress(OSError):
             with self.log_path.open("rb") as log:
                 log.seek(max(0, self.log_path.stat().st_size - 16384))
-                lines = log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+                lines = log.read().decode(errors="replace").splitlines()
+            # What its earlier runs said is not why this one ended.
+            starts = [number for number, line in enumerate(lines) if line.startswith(_START)]
+            lines = lines[starts[-1] + 1 if starts else 0 :][-LOG_TAIL_LINES:]
             return "\n".join([f"The end of {self.log_path}:", *lines])
         return f"It left no log at {self.log_path}."
 
@@ -156,7 +160,7 @@ class Process:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self.bound_log()
         with self.log_path.open("a") as log:
-            log.write(f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} starting {self.spec.name}\n")
+            log.write(f"{_START}{time.strftime('%Y-%m-%dT%H:%M:%S%z')} starting {self.spec.name}\n")
 
     async def _until_ready(self) -> None:
         assert self._process is not None

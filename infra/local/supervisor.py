@@ -56,6 +56,7 @@ class _Child:
     process: Process
     state: State = "waiting"
     restarts: int = 0
+    reason: str = ""
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     restart: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
@@ -179,6 +180,7 @@ class Supervisor:
                     "port": child.spec.port,
                     "started_at": child.process.started_at,
                     "restarts": child.restarts,
+                    "reason": child.reason,
                     "log": str(child.process.log_path),
                 }
                 for name, child in self._children.items()
@@ -240,6 +242,7 @@ class Supervisor:
                 child.restarts += 1
                 continue
             failures = 1 if time.monotonic() - began > STEADY_SECONDS else failures + 1
+            child.reason = reason
             log.warning("%s: %s (failure %d of %d)", child.spec.name, reason, failures, self._max_restarts)
             if failures > self._max_restarts:
                 child.error = ProcessFailedError(

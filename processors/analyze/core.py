@@ -90,9 +90,11 @@ def variables(context: Context) -> dict[str, Any]:
     and how, or None), `sections` (a list of name and text).
 
     Raises:
-        ValueError: the context's time zone is none, or its times are beyond the calendar.
+        ValueError: the window has no frames, or its time zone is none, or its times are beyond the calendar.
     """
     batch = context.batch
+    if not batch.frames:
+        raise ValueError("a window without frames: there is nothing to judge")
     try:
         local = (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=batch.started_at)).astimezone(
             ZoneInfo(context.time_zone)

@@ -15,6 +15,11 @@ class SlotGate:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._clock = clock
 
+    @property
+    def busy(self) -> int:
+        """Slots that are held."""
+        return self.slots - self._free
+
     @asynccontextmanager
     async def hold(self, *, alone: bool = False) -> AsyncIterator[float]:
         """Hold a slot, or all of them; gives the wait for it in milliseconds."""

@@ -19,6 +19,7 @@ from processors.analyze import core
 from processors.analyze.core import Answered, Rendered, UnusableError, Verdict
 from processors.analyze.gate import SlotGate
 from processors.analyze.llm import AttemptError, Completion, Llm
+from processors.analyze.metrics import AnalyzeMetrics
 from processors.analyze.settings import LlmSettings
 from schemas import ids
 from schemas.prompts import PromptError, PromptVersion
@@ -134,6 +135,7 @@ class Judge:
         self._conditions = dict(conditions or {})
         self._wall = wall
         self.gate = SlotGate(settings.slots, clock)
+        self.metrics = AnalyzeMetrics(self.gate)
         self._cases: OrderedDict[str, _Case] = OrderedDict()
         self._counter = 0
         self._canaries: dict[str, _Canary] = {}
@@ -169,6 +171,7 @@ class Judge:
             except _AttemptFailedError as error:
                 case.pending = Failure(error.kind, str(error), error.raw[:_RAW_CHARS], self._tick())
                 self._remember(key, case)
+                self.metrics.failures.add(error.kind)
                 log.warning("attempt failed", item=key, kind=error.kind, error=str(error), blamed=len(case.blamed))
             else:
                 self._cases.pop(key, None)
@@ -212,7 +215,7 @@ class Judge:
         try:
             verdict = core.parse(completion.text, prompt, cut_off=completion.cut_off)
         except UnusableError as error:
-            log.info("repair", batch=context.batch_id, error=str(error))
+            log.info("repair", error=str(error))
             rendered, completion = await self._repair(
                 rendered, prompt, completion, error=str(error), budget=budget, parameters=parameters
             )
@@ -321,7 +324,7 @@ class Judge:
     def _give_up(self, case: _Case, context: Context, prompt: PromptVersion) -> UnprocessableError:
         last = case.blamed[-1]
         try:
-            asked = core.chat_json(next(core.renderings(context, prompt)).messages)
+            asked = core.chat_json(next(core.renderings(context, prompt)).messages)[:_RAW_CHARS]
         except (PromptError, ValueError):
             asked = ""
         return UnprocessableError(

@@ -4,16 +4,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import structlog
+from structlog.contextvars import bound_contextvars
+
 from processors.analyze.judge import Judge
 from processors.analyze.llm import Llm, OpenAiLlm
 from processors.analyze.settings import LlmSettings
-from schemas import prompts
+from schemas import ids, prompts
 from schemas.prompts import PromptVersion
 from schemas.records import Context
 from streams import codec
 from streams.errors import UnprocessableError
 from streams.messages import Emit, Incoming
 from streams.stages import MapStage
+
+log = structlog.get_logger(__name__)
 
 
 class AnalyzeStage:
@@ -27,6 +32,7 @@ class AnalyzeStage:
         self._llm = llm
         self._judge = judge
         self._prompt_of = prompt_of
+        self.metrics = judge.metrics
         self.concurrency = judge.gate.slots
         # A window and the canary that must answer before it is blamed, three times over at worst, besides those
         # that wait for a slot before it: without that much patience a slow model would be taken for a stall.
@@ -38,7 +44,18 @@ class AnalyzeStage:
             context = codec.decode(record, Context)
         except codec.DecodeError as error:
             raise UnprocessableError(str(error)) from error
-        event = await self._judge.judge(context, self._prompt_of(context.camera_id), key=record.origin)
+        ids_of = {"batch": context.batch_id, "camera": context.camera_id, "_event": ids.event_id(context.batch_id)}
+        # Whatever is logged on the way to the verdict (a failed attempt, a repair, the server away) tells of it.
+        with bound_contextvars(**ids_of):
+            event = await self._judge.judge(context, self._prompt_of(context.camera_id), key=record.origin)
+            self.metrics.judged(event)
+            log.info(
+                "judged",
+                level=event.risk_level,
+                score=event.risk_score,
+                model=event.model,
+                seconds=round(event.inference_ms / 1000, 3),
+            )
         return [codec.emit("risk_events", event)]
 
     async def close(self) -> None:

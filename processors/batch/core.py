@@ -10,6 +10,7 @@ A gap or length of exactly the limit still joins. The figures are the defaults o
 reads a clock: time is each record's own event time, and wall time is an event too.
 """
 
+import math
 from functools import lru_cache
 from typing import Literal, NamedTuple, Self
 
@@ -33,6 +34,16 @@ Reason = Literal["idle", "length", "frames", "fast_path", "tick", "end_of_stream
 # car; and what stood still ten seconds ago is news again when it comes back.
 REMEMBERED = 5
 """How many of a camera's previous records tell whether a box has stood still."""
+
+
+MOST_BOXES = 100
+"""Boxes of one record: the detector's own bound (COCO's maxDets)."""
+
+LONGEST_NAME = 255
+"""Characters of a camera's, frame's or class's name. A frame's own is 120: its camera's 63, a hash, and a time."""
+
+LAST_MS = 253_402_300_799_999
+"""The last millisecond of the year 9999: beyond it no later stage can tell a time."""
 
 
 class Memory(NamedTuple):
@@ -59,6 +70,28 @@ class Resume(NamedTuple):
 
 START = Resume()
 """Where a camera that was never seen begins."""
+
+
+def refusal(seen: Detections) -> str | None:
+    """Why a record, though it can be read, is no detections of any detector; None where nothing is wrong with it.
+
+    Its boxes stay in the camera's memory and its time becomes the camera's: what is taken here holds for all that
+    follows.
+    """
+    if len(seen.boxes) > MOST_BOXES:
+        return f"{len(seen.boxes):,} boxes: a frame has {MOST_BOXES} at most"
+    longest = max(map(len, (seen.camera_id, seen.frame_id, *(box.label for box in seen.boxes))))
+    if longest > LONGEST_NAME:
+        return f"a name of {longest:,} characters: camera, frame and class have {LONGEST_NAME} at most"
+    for box in seen.boxes:
+        if not 0 <= box.score <= 1:
+            return f"a box of score {box.score}: scores are from 0 to 1"
+        if not all(map(math.isfinite, (box.x, box.y, box.width, box.height))) or box.width < 0 or box.height < 0:
+            return f"a box at {box.x}, {box.y} of {box.width} x {box.height} pixels"
+    for name, time in (("arrived_at", seen.arrived_at), ("captured_at", seen.captured_at)):
+        if time is not None and not 0 <= time <= LAST_MS:
+            return f"{name} {time} is outside the years 1970 to 9999"
+    return None
 
 
 class CameraWindows:

@@ -12,7 +12,7 @@ Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 _LEAST_SCORE = 0.10
 
 # A frame of 100 boxes takes 4 KB of a batch: this many stay below the 1 MB that every broker takes.
-_MOST_FRAMES = 200
+MOST_FRAMES = 200
 
 # Long enough for any camera; what is longer is a unit mistaken, milliseconds for seconds.
 _LONGEST_S = 3600.0
@@ -52,7 +52,7 @@ class WindowsSettings(BaseModel):
         # One frame every two seconds for the 90 s, and some: what a prompt can still tell frame by frame.
         50,
         ge=1,
-        le=_MOST_FRAMES,
+        le=MOST_FRAMES,
         description="A window closes at this many frames.",
     )
     fast_label: str = Field(

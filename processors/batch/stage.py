@@ -1,13 +1,22 @@
 """batch as a fold stage: the windows of every camera of a partition, fed with bytes, kept as snapshots."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
-from processors.batch.core import CameraWindows, Resume
+import structlog
+
+from processors.batch.core import CameraWindows, Resume, refusal
+from processors.batch.metrics import BatchMetrics
+from processors.batch.settings import MOST_FRAMES
+from schemas import ids
 from schemas.records import Batch, BatchState, Detections, WindowSettings
 from streams import codec
 from streams.errors import UnprocessableError
 from streams.messages import Emit, Incoming, Tick
 from streams.stages import Fold, FoldStage
+
+log = structlog.get_logger(__name__)
 
 CameraSettings = Callable[[str], WindowSettings | None]
 """The window settings in force for a camera, or None where the default serves."""
@@ -37,10 +46,38 @@ class BatchStage:
     def __init__(self, default: WindowSettings, camera_settings: CameraSettings) -> None:
         self._default = default
         self._camera_settings = camera_settings
+        self.metrics = BatchMetrics()
 
     def open(self, partition: int, epoch: str, states: Sequence[BatchState]) -> Fold:
         """The fold of one partition, as the snapshots left it."""
-        return BatchFold(partition, epoch, states, lambda camera: self._camera_settings(camera) or self._default)
+        return BatchFold(partition, epoch, states, self._settings, on_close=self._closed)
+
+    def _closed(self, batch: Batch) -> None:
+        self.metrics.closed(batch.closed_by, len(batch.frames))
+        log.info(
+            "window closed",
+            _event=ids.event_id(batch.batch_id),
+            batch=batch.batch_id,
+            camera=batch.camera_id,
+            frames=len(batch.frames),
+            closed_by=batch.closed_by,
+        )
+
+    def _settings(self, camera_id: str) -> WindowSettings:
+        """What is in force for the camera."""
+        own = self._camera_settings(camera_id)
+        return own if own is not None and _usable(camera_id, own) else self._default
+
+
+@lru_cache(maxsize=1024)
+def _usable(camera_id: str, settings: WindowSettings) -> bool:
+    """Whether windows come to an end by these settings, in a record's bounds; said once where they do not."""
+    numbers = (settings.threshold, settings.fast_score, settings.stationary_iou)
+    times = (settings.idle_ms, settings.max_ms, settings.fast_cooldown_ms)
+    if 1 <= settings.max_frames <= MOST_FRAMES and all(map(math.isfinite, numbers)) and min(times) >= 0:
+        return True
+    log.error("window settings cannot be used, the default serves", camera=camera_id, settings=settings)
+    return False
 
 
 class BatchFold:
@@ -56,10 +93,12 @@ class BatchFold:
         epoch: str,
         states: Iterable[BatchState],
         settings: Callable[[str], WindowSettings],
+        on_close: Callable[[Batch], None] = lambda _: None,
     ) -> None:
         self._partition = partition
         self._epoch = epoch
         self._settings = settings
+        self._on_close = on_close
         self._cameras = {state.camera_id: CameraWindows.restore(state, partition) for state in states}
         own = self._cameras.pop(PARTITION, None)
         self._rejected_below = own.resume.offset if own is not None else 0
@@ -80,6 +119,8 @@ class BatchFold:
             closed = self._tick(record.offset, tick.wall_at)
         else:
             closed = self._end_of_stream(record.offset, tick.camera_id)
+        for batch in closed:
+            self._on_close(batch)
         return [codec.emit("batches", batch) for batch in closed]
 
     def position(self, next_offset: int) -> int:
@@ -103,6 +144,9 @@ class BatchFold:
             return self._reject(record.offset, str(error))
         if seen.camera_id == PARTITION:
             return self._reject(record.offset, "detections without a camera")
+        why = refusal(seen)
+        if why is not None:
+            return self._reject(record.offset, why)
         windows = self._camera(seen.camera_id)
         before = windows.resume
         closed = windows.feed(record.offset, seen, self._settings(seen.camera_id))

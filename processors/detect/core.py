@@ -1,5 +1,6 @@
 """What the detector's raw output means: the best boxes in pixels, and the record made of them. Pure."""
 
+import hashlib
 import io
 
 import numpy as np
@@ -17,15 +18,33 @@ MAX_BOXES = 100
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The image in these bytes, decoded whole, RGB.
+    """The JPEG in these bytes, decoded whole, RGB.
 
     Raises:
-        UnprocessableError: they are not a whole image.
+        UnprocessableError: they are not a whole JPEG.
     """
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        # Frames are JPEG, and Pillow's other readers are a hundred more ways in.
+        return Image.open(io.BytesIO(data), formats=("JPEG",)).convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise UnprocessableError(f"not a readable image: {error}") from error
+
+
+def image_of(frame: Frame, data: bytes) -> Image.Image:
+    """The frame's image from its bytes, which must be what the record says: verdicts are explained down to them.
+
+    Raises:
+        UnprocessableError: they have another hash or size, or are not a whole JPEG.
+    """
+    if hashlib.sha256(data).hexdigest() != frame.sha256:
+        raise UnprocessableError("the image is not the one that sha256 names", camera_id=frame.camera_id)
+    image = decode_image(data)
+    if image.size != (frame.width, frame.height):
+        raise UnprocessableError(
+            f"the image has {image.width}x{image.height} pixels, its record says {frame.width}x{frame.height}",
+            camera_id=frame.camera_id,
+        )
+    return image
 
 
 def best_boxes(

@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
+import structlog
 from PIL import Image
 
+from processors.detect.metrics import DetectMetrics
 from schemas.records import Box
+from streams.errors import UnavailableError
+
+log = structlog.get_logger(__name__)
 
 
 class Detector(Protocol):
@@ -61,6 +66,7 @@ class Batcher:
         self._waiting: asyncio.Queue[tuple[Image.Image, asyncio.Future[Seen]]] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="detector")
         self._loop_task: asyncio.Task[None] | None = None
+        self.metrics = DetectMetrics()
 
     async def detect(self, image: Image.Image) -> Seen:
         """The image's boxes, from whichever batch it fell into."""
@@ -100,12 +106,26 @@ class Batcher:
                 self._detector.detect,
                 [image for image, _ in batch],
             )
-        except Exception as error:  # noqa: BLE001 (each asker gets it, and its record's attempts are counted)
-            for _, future in batch:
-                if not future.done():
-                    future.set_exception(error)
+        except UnavailableError as error:
+            self._fail(batch, error)
             return
-        share = (time.perf_counter() - began) * 1000 / len(batch)
+        except Exception as error:  # noqa: BLE001 (each asker is told)
+            if len(batch) == 1:
+                self._fail(batch, error)  # its asker gets it, and its record's attempts are counted
+                return
+            # One image that the model cannot bear must not take its neighbours along.
+            log.warning("a batch failed: one image at a time", images=len(batch), error=repr(error))
+            for one in batch:
+                await self._infer([one])
+            return
+        took = time.perf_counter() - began
+        self.metrics.inferred(len(batch), took)
+        share = took * 1000 / len(batch)
         for (_, future), boxes in zip(batch, results, strict=True):
             if not future.done():
                 future.set_result(Seen(boxes, share))
+
+    def _fail(self, batch: list[tuple[Image.Image, "asyncio.Future[Seen]"]], error: Exception) -> None:
+        for _, future in batch:
+            if not future.done():
+                future.set_exception(error)

@@ -4,7 +4,9 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
-from processors.detect.core import decode_image, record
+import structlog
+
+from processors.detect.core import image_of, record
 from processors.detect.detector import Batcher, Detector
 from processors.detect.settings import DetectorSettings
 from schemas.records import Frame
@@ -12,6 +14,8 @@ from streams import codec
 from streams.claims import ClaimStore
 from streams.errors import UnprocessableError
 from streams.messages import Emit, Incoming, Tick
+
+log = structlog.get_logger(__name__)
 
 
 class DetectStage:
@@ -35,6 +39,7 @@ class DetectStage:
         self._claims = claims
         self._clock = clock
         self._batcher = Batcher(detector, size=settings.batch_size, wait_s=settings.wait_ms / 1000)
+        self.metrics = self._batcher.metrics
         # Two batches: one in the model, one decoded and waiting.
         self.concurrency = 2 * settings.batch_size
 
@@ -52,7 +57,7 @@ class DetectStage:
             if frame.claim is None:
                 raise UnprocessableError("a frame with neither image nor claim", camera_id=frame.camera_id)
             data = await self._claims.get(frame.claim, frame.sha256)
-        image = await asyncio.to_thread(decode_image, data)
+        image = await asyncio.to_thread(image_of, frame, data)
         seen = await self._batcher.detect(image)
         detections = record(
             frame,
@@ -63,6 +68,7 @@ class DetectStage:
             inference_ms=round(seen.inference_ms, 3),
             detected_at=int(self._clock() * 1000),
         )
+        log.debug("detected", frame=frame.frame_id, camera=frame.camera_id, boxes=len(seen.boxes))
         return [codec.emit("detections", detections)]
 
     async def close(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from zoneinfo import ZoneInfo
 
+from schemas import ids
 from schemas.records import Batch, Camera, Context
 from streams import codec
 from streams.errors import UnprocessableError
@@ -38,9 +39,14 @@ def context(batch: Batch, camera: Camera | None) -> Context:
     """A batch and its camera as a context; a camera that is not known goes by its id, in UTC.
 
     Raises:
-        UnprocessableError: the camera's time zone is none. Here the fix and a redrive help; once a context is
-            written with it, they would not.
+        UnprocessableError: the batch has no frames, or not its own name; or the camera's time zone is none. Here the
+            fix and a redrive help; once a context is written with it, they would not.
     """
+    if not batch.frames or batch.batch_id != ids.batch_id(batch.camera_id, (frame.frame_id for frame in batch.frames)):
+        raise UnprocessableError(
+            f"a batch of {len(batch.frames)} frames whose name is not theirs: {batch.batch_id[:255]!r}",
+            camera_id=batch.camera_id,
+        )
     time_zone = camera.time_zone if camera is not None else "UTC"
     try:
         ZoneInfo(time_zone)

@@ -89,7 +89,7 @@ class Box(Model):
     width: float
     height: float
     matters: bool
-    """At or above the camera's threshold and of a class that opens windows."""
+    """At or above the camera's threshold, of a class that opens windows, and not standing still: news."""
 
 
 class FrameView(Model):
@@ -229,6 +229,7 @@ class TopicHealth(Model):
     """False: estimated, because the topic is too long to be counted by reading."""
     in_clickhouse: int | None
     last_at: datetime | None
+    """When ClickHouse last took some of it."""
 
 
 class StageHealth(Model):

@@ -1,6 +1,6 @@
 """What the gateway's pages and API need of the world. The fake is in `fakes`, the real one in `source`."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from datetime import datetime
 from typing import Protocol
 
@@ -44,8 +44,14 @@ class Source(Protocol):
             InvalidError: `before` is none that was given out.
         """
 
-    def live(self, *, after: str | None = None) -> AsyncIterator[tuple[str, EventSummary]]:
-        """Events as they come into ClickHouse, each with a cursor; `after` resumes behind a cursor."""
+    def live(self, *, after: str | None = None) -> AsyncGenerator[tuple[str, EventSummary]]:
+        """Events as they come into ClickHouse, each with a cursor; `after` resumes behind a cursor.
+
+        It ends when its reader is too slow, or the gateway stops; whoever resumes with the last cursor misses nothing.
+
+        Raises:
+            InvalidError: `after` is none that was given out.
+        """
 
     async def event(self, event_id: str) -> EventDetail:
         """One event whole; the id may be a beginning that only one has.

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import math
 import re
 import struct
@@ -35,7 +36,7 @@ _CAMERA_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _LAST_MS = 253_402_300_799_999
 
 CapturedFrom = Literal["exif", "client", "filename", "none"]
-Source = Literal["folder", "upload"]
+Source = Literal["folder", "upload", "snapshot", "video"]
 
 
 class RejectedError(UnprocessableError):
@@ -246,7 +247,7 @@ def client_time(text: str, zone: ZoneInfo) -> int:
         RejectedError: it is neither; the message says what would be.
     """
     text = text.strip()
-    if text.isascii() and text.isdigit():
+    if text.isascii() and text.isdigit() and len(text) <= 20:  # longer ones are no time, and Python reads no 5,000
         at = int(text)
         # As milliseconds this is before March 1973, as seconds it is any time to come.
         if at < 100_000_000_000:
@@ -275,13 +276,14 @@ def capture_time(
     """When the image was captured, and who says so.
 
     The client comes first, because it says so on purpose and can correct a camera whose clock is wrong; then
-    EXIF; then the file's name. File and arrival time are no capture time.
+    EXIF; then the file's name, but not the address that a snapshot is always fetched from. File and arrival time
+    are no capture time.
     """
     if submission.client_at is not None:
         return submission.client_at, "client"
     if picture.exif_at is not None:
         return picture.exif_at, "exif"
-    named = patterns.find(submission.name, zone)
+    named = patterns.find(submission.name, zone) if submission.source != "snapshot" else None
     return (named, "filename") if named is not None else (None, "none")
 
 
@@ -330,7 +332,7 @@ class Memory:
     def state(self, names: Sequence[str] = (), frames: int = 0, unchanged: int = 0) -> IngestState:
         """The memory with these names as its newest and these counts added, as a record.
 
-        Nothing changes here: make a new `Memory` of the record once it is committed.
+        Nothing changes here before it is `committed`.
         """
         kept = [*self._known, *dict.fromkeys(map(_short, names))][-REMEMBERED:]
         return IngestState(
@@ -339,6 +341,13 @@ class Memory:
             frames=self.frames + frames,
             unchanged=self.unchanged + unchanged,
         )
+
+    def committed(self, state: IngestState, names: Sequence[str]) -> None:
+        """Be what `state` made of these names: a new `Memory` of the record would say the same, in 120 us."""
+        self._known.update(dict.fromkeys(map(_short, names)))
+        for digest in list(itertools.islice(self._known, max(0, len(self._known) - REMEMBERED))):
+            del self._known[digest]
+        self.frames, self.unchanged = state.frames, state.unchanged
 
 
 def _short(name: str) -> bytes:
@@ -361,6 +370,8 @@ def _what_else(data: bytes) -> str:
         return "this is a video or a HEIC image, whatever its name says: send JPEG"
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "this is a WebP, whatever its name says: send JPEG"
+    if data.lstrip()[:1] == b"<":
+        return "this is a web page (a log-in, an error?), no JPEG"
     return f"this is no JPEG (it begins with {data[:8].hex(' ')})"
 
 

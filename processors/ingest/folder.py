@@ -192,7 +192,9 @@ class Folder:
         except OSError:
             return  # gone again
         # No links: whoever may write here must not make us read what lies elsewhere.
-        if stat.S_ISREG(found.st_mode) and self._camera_id(folder) is not None:
+        if not stat.S_ISREG(found.st_mode):
+            self._say(f"{path} is no file (a link, a pipe or a socket): it is left where it is")
+        elif self._camera_id(folder) is not None:
             yield folder, path, Mark(str(relative), found.st_size, found.st_mtime_ns)
 
     def _camera_id(self, folder: str) -> str | None:
@@ -414,14 +416,18 @@ class Folder:
     # Waking
 
     async def _watch(self) -> None:
-        try:
-            async for changes in awatch(self._root, debounce=_DEBOUNCE_MS, watch_filter=None):
-                self._changed |= {Path(path) for _, path in changes}
-                self._wake.set()
-        except (OSError, RuntimeError) as error:
-            log.warning("no events from the folder: looking every ingest.folder.poll_s instead", error=str(error))
-        self._events = False
-        self._wake.set()
+        while True:
+            try:
+                async for changes in awatch(self._root, debounce=_DEBOUNCE_MS, watch_filter=None):
+                    self._events = True
+                    self._changed |= {Path(path) for _, path in changes}
+                    self._wake.set()
+            except Exception as error:  # noqa: BLE001 (a name that is not UTF-8 ends it, and so does a full kernel queue)
+                self._say(f"no events from the folder: looking every ingest.folder.poll_s until they come: {error!r}")
+            self._events = False
+            self._changed.add(self._root)  # what it did not tell is found by a scan
+            self._wake.set()
+            await asyncio.sleep(self._settings.poll_s)
 
     async def _on_stop(self, stop: asyncio.Event) -> None:
         await stop.wait()

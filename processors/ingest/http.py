@@ -65,6 +65,7 @@ class _Upload:
         """Take one image; see the module."""
         self._check_key(request)
         if self._in_hand >= self._settings.max_waiting:
+            self._appenders.turned_away(request.query_params.get("camera"), "upload", "shed")
             raise _refuse(429, "too many uploads at once (ingest.upload.max_waiting)", _RETRY_BUSY_S)
         self._in_hand += 1
         try:
@@ -72,6 +73,7 @@ class _Upload:
         except core.UnknownCameraError as error:
             raise _refuse(404, str(error)) from error
         except core.RejectedError as error:
+            self._appenders.turned_away(request.query_params.get("camera"), "upload", "rejected")
             raise _refuse(400, str(error)) from error
         except UnavailableError as error:
             raise _refuse(503, str(error), _RETRY_AWAY_S) from error

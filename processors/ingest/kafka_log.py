@@ -71,10 +71,13 @@ class KafkaCameraLog:
         while since > start:
             since = max(start, end - tail)
             for record in reversed(await self._kafka.read([tp], since={tp: since})):
-                if record.key == key and record.value is not None:
-                    try:
-                        return codec.decode(record, IngestState)
-                    except codec.DecodeError as error:  # written by a newer version: without it frames would double
-                        raise UnavailableError("settings", f"state of camera {self._camera_id}: {error}") from error
+                if record.key != key:
+                    continue
+                try:
+                    state = codec.decode_state(record, IngestState)
+                except codec.UnknownSchemaError as error:  # without what it remembers frames would double
+                    raise UnavailableError("settings", f"state of camera {self._camera_id}: {error}") from error
+                if state is not None:
+                    return state
             tail *= 8
         return None

@@ -1,11 +1,10 @@
 """`rewatch ingest dir`: every JPEG of a directory, in order, as one camera's stream, which then ends."""
 
 import asyncio
-import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import structlog
 
@@ -13,11 +12,10 @@ from processors.ingest import core
 from processors.ingest.appender import Appenders, Entry
 from processors.ingest.cursor import Cursor, Mark
 from processors.ingest.folder import ChangedError, capture_order, read_unchanged
-from streams.errors import UnavailableError
+from processors.ingest.patience import Sleep, patiently
+from processors.ingest.taking import append_counted, entry_of
 
 log = structlog.get_logger(__name__)
-
-T = TypeVar("T")
 
 _SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
 
@@ -55,7 +53,7 @@ async def play(
     create: bool = True,
     speed: float = 0.0,
     on_progress: Callable[[Progress], None] = lambda _progress: None,
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    sleep: Sleep = asyncio.sleep,
     monotonic: Callable[[], float] = time.monotonic,
 ) -> Progress:
     """Append every JPEG of a directory and the folders below it, by capture time, then the end of the stream.
@@ -80,7 +78,7 @@ async def play(
         UnknownCameraError: the camera is not known, and `create` is off.
         UnavailableError: the cursor cannot be kept.
     """
-    await _patiently(lambda: appenders.camera(camera_id, create=create), lambda _: None, sleep)
+    await patiently(lambda: appenders.camera(camera_id, create=create), lambda _: None, sleep)
     zone = appenders.zone(camera_id)
     marks = await asyncio.to_thread(_find, directory)
     if not marks:
@@ -105,7 +103,7 @@ async def play(
         if speed > 0:
             due = started + (order[chunk[0]][0] - order[left[0]][0]) / 1000 / speed
             await sleep(max(0.0, due - monotonic()))
-        progress = await _patiently(
+        progress = await patiently(
             lambda: _take(appenders, directory, camera_id, chunk, progress),  # noqa: B023 (called in this turn)
             waits,
             sleep,
@@ -114,7 +112,7 @@ async def play(
             await asyncio.to_thread(taken.add, chunk)
         on_progress(progress)
     end = appenders.end_of_stream(camera_id)
-    await _patiently(lambda: appenders.append(camera_id, [end]), waits, sleep)
+    await patiently(lambda: appenders.append(camera_id, [end]), waits, sleep)
     return progress
 
 
@@ -127,24 +125,20 @@ async def _take(
 ) -> Progress:
     made = await asyncio.gather(*(_prepare(appenders, directory, camera_id, mark) for mark in chunk))
     entries = [entry for entry in made if entry is not None]
-    receipts = await appenders.append(camera_id, entries) if entries else []
-    rejected = [entry.emit.topic != "frames" for entry in entries]
-    frames = [receipt for receipt, bad in zip(receipts, rejected, strict=True) if not bad]
-    accepted = sum(receipt.status == "accepted" for receipt in frames)
+    taken = await append_counted(appenders, camera_id, entries)
     return before._replace(
         done=before.done + len(chunk),
-        accepted=before.accepted + accepted,
-        known=before.known + len(frames) - accepted,
-        rejected=before.rejected + sum(rejected),
+        accepted=before.accepted + taken.accepted,
+        known=before.known + taken.known,
+        rejected=before.rejected + taken.rejected,
         changed=before.changed + len(chunk) - len(entries),
     )
 
 
 async def _prepare(appenders: Appenders, directory: Path, camera_id: str, mark: Mark) -> Entry | None:
-    limit = appenders.settings.max_bytes
     path = directory / mark.name
     try:
-        data = await asyncio.to_thread(read_unchanged, path, mark, limit)
+        data = await asyncio.to_thread(read_unchanged, path, mark, appenders.settings.max_bytes)
     except (ChangedError, OSError) as error:
         log.warning("not taken", file=str(path), why=repr(error))
         return None
@@ -156,13 +150,7 @@ async def _prepare(appenders: Appenders, directory: Path, camera_id: str, mark: 
         arrived_at=appenders.now_ms(),
         file_at=mark.mtime_ns // 1_000_000,
     )
-    try:
-        if mark.size > limit:
-            raise core.RejectedError(f"the file has {mark.size:,} bytes, ingest.max_bytes allows {limit:,}")
-        return await appenders.prepare(submission)
-    except core.RejectedError as error:
-        log.warning("rejected", file=str(path), why=str(error))
-        return await appenders.reject(submission, error, mark.size)
+    return await entry_of(appenders, submission, mark.size)
 
 
 def _find(directory: Path) -> list[Mark]:
@@ -177,20 +165,3 @@ def _find(directory: Path) -> list[Mark]:
             found = path.stat()
             marks.append(Mark(str(relative), found.st_size, found.st_mtime_ns))
     return marks
-
-
-async def _patiently(
-    attempt: Callable[[], Awaitable[T]],
-    waits: Callable[[str], None],
-    sleep: Callable[[float], Awaitable[None]],
-) -> T:
-    """Try until what it needs is there."""
-    pause = 0.5
-    while True:
-        try:
-            return await attempt()
-        except UnavailableError as error:
-            log.info("waiting", on=error.waiting_on, why=str(error))
-            waits(error.waiting_on)
-            await sleep(random.uniform(0.5, 1) * pause)
-            pause = min(10.0, 2 * pause)

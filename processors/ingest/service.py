@@ -1,4 +1,4 @@
-"""`rewatch run ingest`: the folder and the upload endpoint side by side, until told to stop."""
+"""`rewatch run ingest`: folder, upload endpoint and cameras' snapshots side by side, until told to stop."""
 
 import asyncio
 import contextlib
@@ -15,9 +15,12 @@ from processors.ingest.http import build_app
 from processors.ingest.kafka_log import KafkaLog
 from processors.ingest.ports import Cameras, Log
 from processors.ingest.settings import IngestSettings
+from processors.ingest.snapshot import Snapshots
 from streams.claims import ClaimStore
 from streams.kafka import Kafka
 from streams.liveness import Liveness
+from streams.metrics import LivenessCollector
+from streams.scraping import Endpoint
 from streams.serving import listen, serve
 
 log = structlog.get_logger(__name__)
@@ -50,17 +53,20 @@ class Service:
     ) -> None:
         self._settings = settings
         self._status = status
+        self.liveness = Liveness("ingest")
         self.appenders = Appenders(log_, cameras, claims, settings, clock=clock)
         self.folder = Folder(settings.folder, self.appenders, clock=clock) if settings.folder.enabled else None
+        self.snapshots = [Snapshots(camera, one, self.appenders) for camera, one in settings.snapshots.items()]
         self.url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Where uploads are taken, once they are; cancelled where they are off."""
 
     def waiting_on(self) -> list[str]:
-        """What it waits on: broker, disk, folder, settings."""
+        """What it waits on: broker, disk, folder, settings, a camera that does not answer."""
         waits = set(self.appenders.waiting_on.values())
         if self.folder is not None:
             waits.update(self.folder.waiting_on.values())
-        return sorted(waits)
+        waits.update(source.waiting_on for source in self.snapshots)
+        return sorted(waits - {""})
 
     async def run(self, stop: asyncio.Event) -> None:
         """Take images until told to stop; then finish what is in hand, about 5 s at most.
@@ -79,6 +85,8 @@ class Service:
                     self.url.cancel()
                 if self.folder is not None:
                     group.create_task(self.folder.run(stop), name="ingest folder")
+                for source in self.snapshots:
+                    group.create_task(source.run(stop), name="ingest snapshots")
         finally:
             await self.appenders.close()
 
@@ -89,7 +97,7 @@ class Service:
 
     async def _report(self, stop: asyncio.Event) -> None:
         """Write how it is, for `rewatch status`, until the stop."""
-        life = Liveness("ingest")
+        life = self.liveness
         while not stop.is_set():
             life.polled()
             waits = self.waiting_on()
@@ -107,7 +115,8 @@ class Service:
         url = upload.model_copy(update={"port": listener.getsockname()[1]}).url
         log.info("taking uploads", url=url)
         self.url.set_result(url)
-        await serve(build_app(self.appenders, upload, self.waiting_on), upload, listener, stop)
+        app = build_app(self.appenders, upload, self.waiting_on)
+        await serve(self.appenders.metrics.counting(app), upload, listener, stop)
 
 
 async def run(
@@ -119,6 +128,7 @@ async def run(
     *,
     epoch: str,
     status: Path | None = None,
+    endpoint: Endpoint | None = None,
 ) -> None:
     """Run ingest on Kafka until told to stop.
 
@@ -130,8 +140,14 @@ async def run(
         stop: set it to end.
         epoch: the epoch of the topic `frames`.
         status: a file to write how it is, once a second.
+        endpoint: where its metrics are served.
 
     Raises:
         SettingsError: the upload endpoint cannot listen where it is set to.
     """
-    await Service(KafkaLog(kafka, epoch), settings, cameras, claims, status=status).run(stop)
+    service = Service(KafkaLog(kafka, epoch), settings, cameras, claims, status=status)
+    if endpoint is not None:
+        service.liveness.metrics = endpoint.url
+        endpoint.registry.register(service.appenders.metrics)
+        endpoint.registry.register(LivenessCollector(service.liveness))
+    await service.run(stop)

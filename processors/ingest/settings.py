@@ -1,11 +1,12 @@
 """The `ingest:` section of rewatch.yaml."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, Secret, SecretStr, field_validator, model_validator
 
 from processors.ingest import core
+from processors.ingest.address import Address, AddressError, parse
 from streams.serving import EndpointSettings
 
 
@@ -17,7 +18,8 @@ class FolderSettings(BaseModel):
     enabled: bool = True
     root: Path = Field(
         default=Path(".rewatch/inbox"),
-        description="One sub-folder a camera, named by the camera's id; files may lie in folders below it.",
+        description="One sub-folder a camera, named by the camera's id; files may lie in folders below it. By default "
+        "<data_dir>/inbox.",
     )
     cameras: dict[str, str] = Field(
         default_factory=dict,
@@ -82,6 +84,54 @@ class UploadSettings(EndpointSettings):
     timeout_s: float = Field(default=60.0, gt=0, description="A body that takes longer to arrive is answered with 408.")
 
 
+class CameraUrl(Secret[str]):
+    """A camera's address, which may hold a password: shown without it, and without the query."""
+
+    def _display(self) -> str:
+        try:
+            return parse(self.get_secret_value()).shown
+        except AddressError:
+            return "(not shown)"
+
+
+class SnapshotSettings(BaseModel):
+    """One camera whose newest picture is fetched by HTTP, again and again. An address alone means all defaults."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: CameraUrl = Field(
+        description="Address of the camera's JPEG, http or https. Frigate: http://frigate:5000/api/CAMERA/latest.jpg."
+    )
+    user: str = Field(default="", description="User that the camera asks for, by basic or digest authentication.")
+    password: SecretStr = Field(
+        default=SecretStr(""),
+        description="Its password. By environment: REWATCH_INGEST__SNAPSHOTS__<CAMERA>__PASSWORD.",
+    )
+    every_s: float = Field(
+        default=1.0, ge=0.05, le=86_400, description="How often to fetch, seconds; a slow camera is asked less often."
+    )
+    # A camera on a bad wireless line needs seconds for a 4K picture; one that hangs is noticed soon.
+    timeout_s: float = Field(default=10.0, gt=0, description="A picture that takes longer is given up, seconds.")
+    insecure: bool = Field(
+        default=False, description="Take any TLS certificate, as of cameras that signed their own. Anyone can be it."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _address_alone(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _is_address(self) -> "SnapshotSettings":
+        self.address  # noqa: B018 (it raises)
+        return self
+
+    @property
+    def address(self) -> Address:
+        """The address, with the user and the password in force."""
+        return parse(self.url.get_secret_value(), self.user, self.password.get_secret_value())
+
+
 class IngestSettings(BaseModel):
     """What is taken, and from where."""
 
@@ -106,6 +156,20 @@ class IngestSettings(BaseModel):
     )
     folder: FolderSettings = Field(default_factory=FolderSettings)
     upload: UploadSettings = Field(default_factory=UploadSettings)
+    snapshots: dict[str, SnapshotSettings] = Field(
+        default_factory=dict,
+        description="Cameras whose pictures are fetched by HTTP: camera id to address, or to url, every_s and so on.",
+    )
+
+    @field_validator("snapshots")
+    @classmethod
+    def _camera_ids(cls, snapshots: dict[str, SnapshotSettings]) -> dict[str, SnapshotSettings]:
+        for camera_id in snapshots:
+            try:
+                core.check_camera_id(camera_id)
+            except core.RejectedError as error:
+                raise ValueError(f"ingest.snapshots: {error}") from error
+        return snapshots
 
     @field_validator("time_patterns")
     @classmethod

@@ -153,6 +153,44 @@ class Queries:
         """Records by topic, each counted once by its id; what could not be decoded is counted by its offset."""
         return {topic: count.ids + count.undecodable for topic, count in (await self.in_clickhouse()).items()}
 
+    async def flow(self) -> dict[str, Row]:
+        """By topic `records`, as the sink counted them, and `last_at`, when it last brought some.
+
+        As the view `pipeline_lag` has them, without what that costs: nothing is read but the sink's own notes.
+        """
+        rows = await self.rows(
+            "SELECT topic, sum(rows - ticks) AS records, max(sink_progress.inserted_at) AS last_at "
+            "FROM sink_progress FINAL GROUP BY topic"
+        )
+        return {row["topic"]: row for row in rows}
+
+    async def latency(self) -> dict[str, Row]:
+        """Of `detections` and `risk_events`, `p50_s` and `p95_s` from a frame's arrival to the record, newest hour.
+
+        An event is as old as the last frame that it was made from. Missing where there is nothing to tell by.
+        """
+        newest = "WHERE run = 'live' AND judged_at > (SELECT max(judged_at) FROM risk_events) - INTERVAL 1 HOUR"
+        rows = await self.rows(
+            "SELECT 'detections' AS topic, "  # noqa: S608 (constants)
+            "quantilesExact(0.5, 0.95)(toFloat64(detected_at) - toFloat64(arrived_at)) AS seconds FROM detections "
+            "WHERE detected_at > (SELECT max(detected_at) FROM detections) - INTERVAL 1 HOUR HAVING count() > 0 "
+            "UNION ALL SELECT 'risk_events', "
+            "quantilesExact(0.5, 0.95)(toFloat64(e.judged_at) - toFloat64(f.arrived_at)) FROM "
+            f"(SELECT camera_id, frame_ids[-1] AS frame_id, judged_at FROM risk_events {newest}) AS e "
+            "ANY INNER JOIN (SELECT camera_id, frame_id, arrived_at FROM frames WHERE (camera_id, frame_id) IN "
+            f"(SELECT camera_id, frame_ids[-1] FROM risk_events {newest})) AS f "
+            "ON f.camera_id = e.camera_id AND f.frame_id = e.frame_id HAVING count() > 0"
+        )
+        return {row["topic"]: {"p50_s": row["seconds"][0], "p95_s": row["seconds"][1]} for row in rows}
+
+    async def models(self) -> dict[str, str]:
+        """The `detector` and the `analyst` in force: what the newest records name; missing where there is none."""
+        rows = await self.rows(
+            "SELECT 'detector' AS role, argMax(model, detected_at) AS model FROM detections HAVING count() > 0 "
+            "UNION ALL SELECT 'analyst', argMax(model, judged_at) FROM risk_events HAVING count() > 0"
+        )
+        return {row["role"]: row["model"] for row in rows}
+
     async def dead_letter_counts(self) -> list[Row]:
         """How many dead letters are open, by stage and kind."""
         return await self.rows(
@@ -178,13 +216,24 @@ class Queries:
             limit=limit,
         )
 
+    async def live_event(self, event_id: str) -> Row | None:
+        """The live event of exactly this id."""
+        found = await self.rows(
+            # Ids begin with the camera, as the primary key does.
+            "SELECT * EXCEPT inserted_at FROM risk_events FINAL "
+            "PREWHERE camera_id = splitByChar(':', {id:String})[1] AND event_id = {id:String} WHERE run = 'live'",
+            id=event_id,
+        )
+        return found[0] if found else None
+
     async def events_like(self, text: str, *, limit: int) -> list[Row]:
         """Live events whose id begins so, with or without the camera's name before it."""
         return await self.rows(
-            "SELECT * EXCEPT inserted_at FROM risk_events FINAL "
-            "WHERE run = 'live' AND (startsWith(event_id, {id:String}) "
+            # Prompts and completions are read of those found alone.
+            "SELECT * EXCEPT inserted_at FROM risk_events FINAL PREWHERE (camera_id, event_id) IN "
+            "(SELECT camera_id, event_id FROM risk_events WHERE run = 'live' AND (startsWith(event_id, {id:String}) "
             "OR startsWith(substring(event_id, length(camera_id) + 2), {id:String})) "
-            "ORDER BY event_id LIMIT {limit:UInt32}",
+            "ORDER BY event_id LIMIT 1 BY event_id LIMIT {limit:UInt32}) WHERE run = 'live' ORDER BY event_id",
             id=text,
             limit=limit,
         )
@@ -193,12 +242,16 @@ class Queries:
         """The rows that the event was made from."""
         of_batch = {"camera": event["camera_id"], "batch": event["batch_id"]}
         of_frames = {"camera": event["camera_id"], "frames": list(event["frame_ids"])}
-        by_batch = "WHERE camera_id = {camera:String} AND batch_id = {batch:String}"
-        by_frame = "WHERE camera_id = {camera:String} AND frame_id IN {frames:Array(String)}"
-        batches = await self.rows(f"SELECT * EXCEPT inserted_at FROM batches FINAL {by_batch}", **of_batch)  # noqa: S608 (constants)
-        contexts = await self.rows(f"SELECT * EXCEPT inserted_at FROM contexts FINAL {by_batch}", **of_batch)  # noqa: S608
-        frames = await self.rows(f"SELECT * EXCEPT inserted_at FROM frames FINAL {by_frame}", **of_frames)  # noqa: S608
-        seen = await self.rows(f"SELECT * EXCEPT inserted_at FROM detections FINAL {by_frame}", **of_frames)  # noqa: S608
+        # Asked of the keys first: the other columns are read of the rows that are wanted alone.
+        by_batch = "PREWHERE camera_id = {camera:String} AND batch_id = {batch:String}"
+        by_frame = "PREWHERE camera_id = {camera:String} AND frame_id IN {frames:Array(String)}"
+        columns = "SELECT * EXCEPT inserted_at FROM"
+        batches, contexts, frames, seen = await asyncio.gather(
+            self.rows(f"{columns} batches FINAL {by_batch}", **of_batch),
+            self.rows(f"{columns} contexts FINAL {by_batch}", **of_batch),
+            self.rows(f"{columns} frames FINAL {by_frame}", **of_frames),
+            self.rows(f"{columns} detections FINAL {by_frame}", **of_frames),
+        )
         return Lineage(
             event,
             batches[0] if batches else None,

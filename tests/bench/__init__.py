@@ -1,1 +1,1 @@
-"""Benchmarks: ratios against a stated baseline in the same run. `make bench` runs them; no test does."""
+"""Benchmarks: ratios against a stated baseline in the same run. `make bench` runs them; see README.md."""

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,18 +20,18 @@ import psutil
 import structlog
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from infra.local import broker
 from infra.local.llama import LlamaSettings
 from infra.local.stack import LocalStack
 from infra.topology import DEMO_MODELS
-from tests.bench.figure import Figure
+from tests.bench.figure import Figure, Pair
 
 MODULES = ("hosts", "ingest", "sink", "detect", "analyze", "runtime", "latency")
 """The benchmarks of this folder, in the order in which they run."""
 
-# As the analyze benchmark wants it: four windows judged at once, each with the demo's 2,048 tokens of context.
+# Four windows judged at once, each with the context that the demo's analyst was trained for, tokens.
 SLOTS = 4
 CONTEXT = 2048
 
@@ -102,13 +103,13 @@ def _cpu_model() -> str:
 
 def show(figures: list[Figure], console: Console) -> None:
     """The table, and which aims were missed."""
-    table = Table("figure", "product", "baseline", "unit", "ratio", "pairs", "aim")
+    table = Table(Column("figure", no_wrap=True), "product", "baseline", "unit", "ratio", "its pairs", "aim")
     for figure in figures:
         low_high = f"{figure.spread[0]:.2f} .. {figure.spread[1]:.2f}" if figure.spread else ""
         table.add_row(
             figure.name,
-            f"{figure.value:,.3g}" if figure.value < 100 else f"{figure.value:,.0f}",
-            f"{figure.baseline:,.3g}" if figure.baseline < 100 else f"{figure.baseline:,.0f}",
+            _number(figure.value),
+            _number(figure.baseline),
             figure.unit,
             f"{figure.ratio:.2f}",
             low_high,
@@ -118,6 +119,25 @@ def show(figures: list[Figure], console: Console) -> None:
     console.print(table)
     missed = [figure.name for figure in figures if figure.missed]
     console.print(f"aims missed: {', '.join(missed)}" if missed else "every aim is met")
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def write(figures: list[Figure], machine: dict[str, Any], out: Path) -> tuple[Path, Path]:
+    """The list of figures, and beside it, for whoever doubts them, the machine and every pair."""
+    beside = out.with_name(f"{out.stem}-machine.json")
+    out.write_text(json.dumps([figure.as_json() for figure in figures], indent=2) + "\n")
+    pairs = {figure.name: [_short(pair) for pair in figure.pairs] for figure in figures if figure.pairs}
+    # One pair a line.
+    text = json.dumps({"machine": machine, "pairs": pairs}, indent=2)
+    beside.write_text(re.sub(r"\[\s+([\d.]+),\s+([\d.]+)\s+\]", r"[\1, \2]", text) + "\n")
+    return out, beside
+
+
+def _short(pair: Pair) -> list[float]:
+    return [round(rate, 3) for rate in pair]
 
 
 def main() -> None:
@@ -140,11 +160,7 @@ def main() -> None:
     began = time.monotonic()
     figures, machine = asyncio.run(run(chosen, console, quick=arguments.quick))
     machine["seconds"] = round(time.monotonic() - began)
-    out: Path = arguments.out
-    out.write_text(json.dumps([figure.as_json() for figure in figures], indent=2) + "\n")
-    pairs = {figure.name: figure.pairs for figure in figures if figure.pairs}
-    beside = out.with_name(f"{out.stem}-machine.json")
-    beside.write_text(json.dumps({"machine": machine, "pairs": pairs}, indent=2) + "\n")
+    out, beside = write(figures, machine, arguments.out)
     show(figures, console)
     console.print(f"{machine['seconds']} s; written: {out}, {beside}")
 

@@ -28,7 +28,6 @@ from processors.analyze.settings import LlmSettings
 from schemas import ids, prompts
 from schemas.records import Batch, BatchFrame, Context, RiskEvent, SeenBox
 from streams import codec
-from streams.messages import Emit
 from streams.topics import partition_of
 from tests.bench import kit
 from tests.bench.figure import Figure, rate

@@ -1,29 +1,33 @@
-"""Records a second through the two hosts: 1 KB in, 1 KB out, transactional, on the embedded broker.
+"""Records a second through the two hosts: 1 KB in, 1 KB out, transactional, the clock running from the first record.
 
-Baseline: the raw host in the same run; what counts is the ratio, in pairs, since the machine is noisy.
+The Faust host against the raw one: what the project's stream framework costs a stage that does nothing else. It is
+shown without an aim; it tells which stages should take the raw host.
 """
 
 import asyncio
-import logging
 import secrets
-import statistics
-import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from aiokafka.admin import NewTopic
 
-from infra.local.broker import Broker
-from streams.admin import ensure_topics
+from infra.local.stack import LocalStack
 from streams.host_faust import FaustHost
 from streams.host_raw import RawHost
-from streams.kafka import Kafka, KafkaSettings
+from streams.kafka import Kafka
 from streams.messages import Emit, Incoming
+from tests.bench import kit
+from tests.bench.figure import Figure, rate
 
+NAMES = ("faust_vs_raw",)
+PAIRS = 3
+
+# Topics of its own, as many partitions as an installation has by default.
 PARTITIONS = 16
 RECORDS = 10_000
-PAIRS = 3
+QUICK_RECORDS = 500
+VALUE_BYTES = 1024
 
 
 class Echo:
@@ -45,51 +49,34 @@ class Echo:
         pass
 
 
-async def rate(base: KafkaSettings, host: type[RawHost | FaustHost]) -> tuple[float, float]:
-    """Records a second from the first record on, and CPU microseconds a record."""
+async def measure(stack: LocalStack, progress: Callable[[float], None], *, quick: bool = False) -> list[Figure]:
+    """Both hosts, each time as a new group with the same number of records."""
+    count = QUICK_RECORDS if quick else RECORDS
+    pairs = await kit.in_pairs(
+        lambda: _rate(stack, FaustHost, count),
+        lambda: _rate(stack, RawHost, count),
+        1 if quick else PAIRS,
+        progress,
+    )
+    return [rate(NAMES[0], pairs, "records/s")]
+
+
+async def _rate(stack: LocalStack, host: type[RawHost | FaustHost], count: int) -> float:
+    kafka: Kafka = (await kit.install(stack)).kafka
     name = secrets.token_hex(4)
-    kafka = Kafka(base.model_copy(update={"system": f"bench{name}"}))
     async with kafka.admin() as admin:
         await admin.create_topics([NewTopic(f"{way}-{name}", PARTITIONS, 1) for way in ("in", "out")])
-    producer = kafka.producer(linger_ms=20)
-    await producer.start()
-    value = secrets.token_bytes(1024)
-    await asyncio.gather(
-        *[await producer.send(f"in-{name}", value, key=b"k", partition=n % PARTITIONS) for n in range(RECORDS)]
-    )
-    await producer.stop()
+    value = secrets.token_bytes(VALUE_BYTES)
+    emits = [Emit(f"in-{name}", b"k", value, partition=n % PARTITIONS) for n in range(count)]
+    async with kit.backlog(kafka, emits) as work:
+        await work.show()
     stage = Echo(f"in-{name}", f"out-{name}")
-    running = host(kafka, stage, epochs=lambda _: "epoch")
+    running: Any = host(kafka, stage, epochs=lambda _: "epoch")
     stop = asyncio.Event()
-    cpu = time.process_time()
     task = asyncio.create_task(running.run(stop))
-    while sum(worker.ownership.position for worker, _ in running.workers._running.values()) < RECORDS:
-        await asyncio.sleep(0.02)
-    result = RECORDS / (time.perf_counter() - stage.first_at), (time.process_time() - cpu) / RECORDS * 1e6
-    stop.set()
-    await task
-    return result
-
-
-async def main() -> None:
-    """Print each pair, then the medians."""
-    logging.disable(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as directory:
-        broker = Broker(Path(directory), port=0)
-        await broker.start()
-        try:
-            base = KafkaSettings(bootstrap_servers=broker.bootstrap_servers, partitions=PARTITIONS)
-            await ensure_topics(Kafka(base))  # dead_letters among them
-            pairs = [[await rate(base, host) for host in (RawHost, FaustHost)] for _ in range(PAIRS)]
-        finally:
-            await broker.stop()
-    for number, ((raw, raw_cpu), (faust, faust_cpu)) in enumerate(pairs, start=1):
-        print(
-            f"pair {number}: raw {raw:6.0f}/s {raw_cpu:4.0f} us CPU, "
-            f"faust {faust:6.0f}/s {faust_cpu:4.0f} us CPU, ratio {faust / raw:.2f}"
-        )
-    print(f"median ratio faust/raw: {statistics.median(pair[1][0] / pair[0][0] for pair in pairs):.2f}")
-
-
-if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        await kit.reached(running.workers.liveness, work.positions)
+        return count / (time.perf_counter() - stage.first_at)
+    finally:
+        stop.set()
+        await task

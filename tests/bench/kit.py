@@ -2,9 +2,10 @@
 
 import asyncio
 import gc
+import hashlib
 import io
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from PIL import Image
 
 from infra.local.stack import LocalStack
 from infra.models.scene import random_scene
+from schemas import ids
+from schemas.records import Frame
 from streams.admin import ensure_topics, epochs_of
 from streams.delivery import FencedProducer
 from streams.kafka import Kafka, KafkaSettings
@@ -28,6 +31,9 @@ shares: a topic's partition count is fixed at its creation."""
 
 # A backlog of some ten thousand records takes the embedded broker a few seconds.
 _BACKLOG_TIMEOUT_MS = 120_000
+
+# 2026-11-21 12:00:00 UTC, where every backlog begins.
+_NOON_MS = 1_795_262_400_000
 
 
 class Installation(NamedTuple):
@@ -138,3 +144,30 @@ def distinct(image: bytes, number: int) -> bytes:
     """The same picture in a file of its own: a comment segment (T.81, B.2.4.5) behind the start of the image."""
     comment = number.to_bytes(8, "big")
     return image[:2] + b"\xff\xfe" + (2 + len(comment)).to_bytes(2, "big") + comment + image[2:]
+
+
+def frames(images: Sequence[bytes], count: int) -> Iterator[tuple[int, Frame]]:
+    """Records of new images, each with the partition of its camera: one camera a partition, in turn."""
+    for n in range(count):
+        camera = f"camera-{n % PARTITIONS}"
+        image = distinct(images[n % len(images)], secrets.randbits(64))
+        sha256 = hashlib.sha256(image).hexdigest()
+        captured_at = _NOON_MS + n
+        yield (
+            n % PARTITIONS,
+            Frame(
+                frame_id=ids.frame_id(camera, sha256, captured_at),
+                camera_id=camera,
+                sha256=sha256,
+                size=len(image),
+                width=640,
+                height=360,
+                captured_at=captured_at,
+                captured_from="exif",
+                arrived_at=captured_at + 500,
+                image=image,
+                claim=None,
+                source="folder",
+                source_name=f"20261121_{n}.jpg",
+            ),
+        )

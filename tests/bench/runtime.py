@@ -41,7 +41,7 @@ _TIMEOUT_S = 180.0
 
 class _Backlog(NamedTuple):
     topic: str
-    count: int
+    records: int
     expected: dict[bytes, list[bytes]]
     """The output that must come of it: values by key, in order."""
 
@@ -143,7 +143,7 @@ async def _watch(kafka: Kafka, target: str, backlog: _Backlog) -> float:
     # Fetches of some size: the reader must take no more of the machine than it must.
     async with kafka.reading(fetch_max_wait_ms=50) as reader:
         reader.assign([TopicPartition(target, number) for number in range(PARTITIONS)])
-        while seen < backlog.count:
+        while seen < backlog.records:
             batches = await reader.getmany(timeout_ms=1000)
             now = time.perf_counter()
             for records in batches.values():

@@ -26,7 +26,7 @@ class AvroIn(Deserializer):
     """Our framing and schema to a dict."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._schema = avro_schemas.current(TOPIC)
 
     def __call__(self, value: bytes, ctx: SerializationContext) -> Any:

@@ -16,7 +16,7 @@ from streams.kafka import Kafka, KafkaSettings
 from streams.messages import FINGERPRINT, Emit, Incoming
 from tests.bench.sightings import TOPIC, kept
 
-HOSTS = {"faust": FaustHost, "raw": RawHost}
+HOSTS: dict[str, type[FaustHost | RawHost]] = {"faust": FaustHost, "raw": RawHost}
 
 
 class Sure:

@@ -1,44 +1,32 @@
-"""What the matrix of bad input is made of: images that are none, a look at a running installation, and its audit."""
+"""The bad input of the matrix: pictures that are none, records that nobody can read, records that are nonsense."""
 
-import asyncio
+import hashlib
 import io
-import itertools
-import re
+import math
+import os
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
-import clickhouse_connect
-import httpx
-from aiokafka import AIOKafkaProducer, TopicPartition
+from msgspec.structs import replace
 from PIL import Image
 
-from infra.config import Settings
-from infra.installation import Installation
-from schemas.records import Camera, DeadLetter, Detections, Record, RiskEvent
+from processors.ingest import core
+from schemas import ids
+from schemas.records import Batch, BatchFrame, Box, Context, Detections, Frame, SeenBox
 from streams import codec
-from streams.admin import read_meta
-from streams.control import Cameras
-from streams.kafka import Kafka, incoming
-from streams.messages import Headers, Incoming, Tick
-from streams.topics import STORED, TOPICS, partition_of
-from tests.e2e.installation import PARTITIONS, Audit, pictures, stamped
+from streams.messages import FINGERPRINT
+from tests import examples
 
-KEY = "the-matrix-s-key"
 MAX_BYTES = 400_000
-PATIENCE_S = 20.0
+"""`ingest.max_bytes` of the installation."""
 
 
 def jpeg(size: tuple[int, int] = (320, 180), mode: str = "RGB", **options: Any) -> bytes:
-    """A JPEG of one colour."""
+    """A black JPEG."""
     out = io.BytesIO()
-    Image.new(mode, size, 90).save(out, "JPEG", **options) if mode == "L" else Image.new(mode, size).save(
-        out, "JPEG", **options
-    )
+    Image.new(mode, size).save(out, "JPEG", **options)
     return out.getvalue()
 
 
@@ -68,312 +56,208 @@ def exif_loop(data: bytes) -> bytes:
 
 
 def scans(data: bytes, count: int) -> bytes:
-    """The same picture with its one scan again and again: a few kilobytes that ask for minutes."""
+    """The same picture with its scans again and again: a few kilobytes that ask for minutes."""
     at = data.index(b"\xff\xda")
     return data[:at] + data[at:-2] * count + data[-2:]
 
 
-class Watch:
-    """A running installation as a sceptic looks at it: its doors, its log, its tables, its processes.
+class Picture(NamedTuple):
+    """A file that a camera or a person may send."""
 
-    Rows register what they expect (`expect_letter`, `expect_unreadable`); at the end `unexplained` says what nobody
-    expected, what was expected and did not come, and what was lost or doubled.
-    """
-
-    def __init__(self, installation: Installation, shots: Sequence[bytes]) -> None:
-        self.settings: Settings = installation.settings
-        self.installation = installation
-        self.kafka = Kafka(self.settings.kafka)
-        self.http = httpx.AsyncClient(
-            base_url=self.settings.ingest.upload.url, timeout=30, headers={"X-API-Key": KEY}
-        )
-        self.inbox: Path = self.settings.ingest.folder.root
-        self.records: dict[str, list[Incoming]] = {topic: [] for topic in STORED}
-        self.accepted: dict[str, str] = {}
-        """Frames that a door said it took: frame_id to camera."""
-        self.letters: set[str] = set()
-        """Origins of the dead letters that rows expect."""
-        self.unreadable: set[tuple[str, int, int]] = set()
-        """Positions of the records that rows made unreadable."""
-        self.refused: set[tuple[str, int, int]] = set()
-        """Positions of the records that a stage must refuse, readable or not."""
-        self._shots = itertools.cycle(shots)
-        self._clock = datetime(2026, 5, 1, 22, 30, tzinfo=UTC)
-        self._news = asyncio.Condition()
-        self._epochs: dict[str, str] = {}
-        self._pids: dict[str, int | None] = {}
-        self.producer: AIOKafkaProducer
-
-    @asynccontextmanager
-    async def looking(self) -> AsyncIterator["Watch"]:
-        """Follow the log until exit."""
-        self._epochs = {topic: meta.epoch for topic, meta in (await read_meta(self.kafka)).items()}
-        self._pids = self._processes()
-        self.producer = self.kafka.producer()
-        await self.producer.start()
-        follower = asyncio.create_task(self._follow())
-        try:
-            yield self
-        finally:
-            follower.cancel()
-            await asyncio.gather(follower, return_exceptions=True)
-            await self.producer.stop()
-            await self.http.aclose()
-
-    async def _follow(self) -> None:
-        tps = [
-            TopicPartition(topic, number)
-            for topic in STORED
-            for number in range(1 if TOPICS[topic].single else PARTITIONS)
-        ]
-        async with self.kafka.reading(fetch_max_wait_ms=50) as consumer:
-            consumer.assign(tps)
-            for tp in tps:
-                consumer.seek(tp, 0)
-            while True:
-                found = await consumer.getmany(timeout_ms=1000)
-                async with self._news:
-                    for tp, records in found.items():
-                        self.records[tp.topic] += [incoming(record, self._epochs[tp.topic]) for record in records]
-                    self._news.notify_all()
-
-    def _processes(self) -> dict[str, int | None]:
-        state = self.installation.stack.supervisor.state()["processes"]
-        return {name: process["pid"] for name, process in state.items()}
-
-    # Doors
-
-    def good(self) -> bytes:
-        """A good frame: a person, a second after the last one."""
-        self._clock += timedelta(seconds=1)
-        return stamped(next(self._shots), self._clock)
-
-    async def upload(self, camera: str, body: bytes, **parameters: str) -> httpx.Response:
-        """Upload; what is taken is held against the installation at the end."""
-        answer = await self.http.post("/api/upload", params={"camera": camera, **parameters}, content=body)
-        return self.taken(camera, answer)
-
-    def taken(self, camera: str, answer: httpx.Response) -> httpx.Response:
-        """Note a frame that was taken."""
-        if answer.status_code == 200:
-            self.accepted[answer.json()["frame_id"]] = camera
-        return answer
-
-    def drop(self, camera: str, name: str, body: bytes) -> Path:
-        """Put a file into a camera's folder, whole at once."""
-        path = self.inbox / camera / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(body)
-        return part.rename(path)
-
-    async def produce(
-        self, topic: str, value: bytes | None, *, camera: str, key: bytes | None = b"", headers: Headers = ()
-    ) -> Incoming:
-        """Append a record as a stranger would, to the camera's partition; `key` is the camera's unless given."""
-        partition = 0 if TOPICS[topic].single else self.partition(camera)
-        key = camera.encode() if key == b"" else key
-        done = await self.producer.send_and_wait(topic, value, key=key, headers=list(headers), partition=partition)
-        return Incoming(topic, self._epochs[topic], partition, done.offset, key, value, headers)
-
-    def partition(self, camera: str) -> int:
-        """The camera's partition on every topic."""
-        return partition_of(camera, PARTITIONS)
-
-    async def forge(self, topic: str, record: Record, *, camera: str, key: bytes | None = b"") -> Incoming:
-        """Append a readable record that no stage of ours would make."""
-        made = codec.emit(topic, record)
-        return await self.produce(topic, made.value, camera=camera, key=key, headers=made.headers)
-
-    # What became of it
-
-    async def until(self, found: Callable[[], Any], what: str, *, within: float = PATIENCE_S) -> Any:
-        """What `found` finds on the log, as soon as it finds something."""
-        deadline = time.monotonic() + within
-        async with self._news:
-            while not (result := found()):
-                left = deadline - time.monotonic()
-                assert left > 0, f"{what} did not come within {within:g} s; {self.state()}"
-                try:
-                    async with asyncio.timeout(min(left, 1.0)):
-                        await self._news.wait()
-                except TimeoutError:
-                    continue
-        return result
-
-    async def eventually(self, found: Callable[[], Any], what: str, *, within: float = PATIENCE_S) -> Any:
-        """What `found` finds elsewhere (files, tables, logs), looked for again and again."""
-        deadline = time.monotonic() + within
-        while not (result := await asyncio.to_thread(found)):
-            assert time.monotonic() < deadline, f"{what} did not come within {within:g} s; {self.state()}"
-            await asyncio.sleep(0.1)
-        return result
-
-    def decoded(self, topic: str, kind: type[Any]) -> list[Any]:
-        """A topic's readable records so far."""
-        found = []
-        for record in self.records[topic]:
-            if Tick.of(record) is None:
-                try:
-                    found.append(codec.decode(record, kind))
-                except codec.DecodeError:
-                    continue
-        return found
-
-    async def letter(self, record: Incoming, stage: str) -> DeadLetter:
-        """The record's dead letter by that stage, which must name its origin and keep its bytes."""
-        self.refused.add((record.topic, record.partition, record.offset))
-        self.letters.add(record.origin)
-        letter: DeadLetter = await self.until(
-            lambda: next((one for one in self.decoded("dead_letters", DeadLetter) if one.origin == record.origin), None),
-            f"the dead letter of {record.origin}",
-        )
-        assert (letter.stage, letter.kind, letter.attempt) == (stage, "error", 1), letter
-        if letter.claim is None:
-            assert (letter.key, letter.value) == (record.key, record.value)
-            assert tuple(letter.headers.items()) == record.headers
-        else:
-            assert letter.claim == f"log:{record.origin}", "the log itself keeps the bytes"
-        return letter
-
-    async def rejection(self, camera: str, name: str) -> DeadLetter:
-        """The dead letter of a file that was rejected."""
-        start = f"folder:{camera}/{name}@"
-        letter: DeadLetter = await self.until(
-            lambda: next((x for x in self.decoded("dead_letters", DeadLetter) if x.origin.startswith(start)), None),
-            f"the dead letter of {camera}/{name}",
-        )
-        self.letters.add(letter.origin)
-        return letter
-
-    async def unread(self, *records: Incoming) -> list[str]:
-        """The records' `log.decode_error` in ClickHouse, beside bytes, key and headers as they were sent."""
-        rows = []
-        for record in records:
-            self.unreadable.add((record.topic, record.partition, record.offset))
-            row = await self.eventually(lambda record=record: self.log_row(record), f"log row of {record.origin}")
-            key, value, headers, error = row
-            assert (key, value) == (record.key, record.value)
-            assert [tuple(header) for header in headers] == list(record.headers)
-            assert error
-            rows.append(error)
-        return rows
-
-    def log_row(self, record: Incoming) -> tuple[Any, ...] | None:
-        """Key, value, headers and decode_error of one record in ClickHouse's log, bytes as bytes."""
-        found = self.sql(
-            "SELECT hex(key), isNull(key), hex(value), isNull(value), "
-            "arrayMap(h -> (h.1, hex(h.2)), headers), decode_error FROM log FINAL "
-            "WHERE topic = {topic:String} AND partition = {partition:Int32} AND offset = {offset:Int64}",
-            topic=record.topic,
-            partition=record.partition,
-            offset=record.offset,
-        )
-        if not found:
-            return None
-        key, no_key, value, no_value, headers, error = found[0]
-        return (
-            None if no_key else bytes.fromhex(key),
-            None if no_value else bytes.fromhex(value),
-            [(name, bytes.fromhex(text)) for name, text in headers],
-            error,
-        )
-
-    def sql(self, query: str, **parameters: Any) -> list[tuple[Any, ...]]:
-        """Rows of a question to ClickHouse."""
-        client = clickhouse_connect.get_client(
-            dsn=self.settings.clickhouse.url, database=self.settings.clickhouse.database
-        )
-        try:
-            return [tuple(row) for row in client.query(query, parameters).result_rows]
-        finally:
-            client.close()
-
-    def said(self, process: str, pattern: str) -> bool:
-        """Whether the process's log has a line that matches."""
-        text = (self.settings.data_dir / "logs" / f"{process}.log").read_text(errors="replace")
-        return re.search(pattern, text) is not None
-
-    def state(self) -> dict[str, Any]:
-        """What stages wait on, for whoever reads a failure."""
-        found = {}
-        for path in (self.settings.data_dir / "status").glob("*.json"):
-            found[path.stem] = path.read_text(errors="replace")[:300]
-        return found
-
-    # Going on
-
-    async def goes_on(self, camera: str, *, judged: bool = False) -> None:
-        """A good frame of the camera is detected, with `judged` its window judged too, and nothing was restarted."""
-        answer = await self.upload(camera, await asyncio.to_thread(self.good))
-        assert answer.status_code == 200, answer.text
-        frame_id = answer.json()["frame_id"]
-        await self.until(
-            lambda: any(seen.frame_id == frame_id for seen in self.decoded("detections", Detections)),
-            f"the detections of a good frame of {camera}",
-        )
-        if judged:
-            await self.end(camera)
-            await self.until(
-                lambda: any(frame_id in event.frame_ids for event in self.decoded("risk_events", RiskEvent)),
-                f"the verdict on a good frame of {camera}",
-                within=60,
-            )
-        assert self._processes() == self._pids, "a process was restarted"
-
-    async def end(self, *cameras: str) -> None:
-        """No more will come of these cameras: their windows close."""
-        for camera in cameras:
-            tick = Tick(int(time.time() * 1000), camera).emit("frames", self.partition(camera))
-            await self.producer.send_and_wait(
-                tick.topic, key=tick.key, value=None, headers=list(tick.headers), partition=tick.partition
-            )
-
-    async def camera(self, camera: str) -> Camera:
-        """What is set for the camera; made if it is not there."""
-        cameras = Cameras(self.kafka, self.settings.windows.record(), self.settings.time_zone)
-        return await cameras.ensure(camera)
-
-    async def unexplained(self) -> list[str]:
-        """Everything on the log and in ClickHouse that no row explains, and everything that is missing there."""
-        audit = _Audit(self)
-        await audit.read()
-        letters = [letter.origin for letter in audit.decoded("dead_letters")]
-        found = [f"dead letter of {origin} that no row expects" for origin in letters if origin not in self.letters]
-        found += [f"no dead letter of {origin}" for origin in sorted(self.letters - set(letters))]
-        found += [f"{letters.count(origin)} dead letters of {origin}" for origin in self.letters & set(letters) if letters.count(origin) > 1]
-        found += audit.violations(self.accepted)
-        rows = await asyncio.to_thread(
-            self.sql, "SELECT topic, partition, offset, decode_error FROM log FINAL WHERE decode_error != ''"
-        )
-        found += [f"unreadable in `log`: {row}" for row in rows if row[:3] not in self.unreadable]
-        found += await asyncio.to_thread(audit.violations_in_clickhouse)
-        return found
+    data: bytes
+    status: int = 200
+    """What an upload is answered with; 200 is taken."""
+    reason: str = ""
+    """What the answer, the file's reason beside it and its dead letter say."""
 
 
-class _Audit(Audit):
-    """The audit of an installation that was fed with bad records: what a stage refused made nothing."""
+_SMALL = jpeg()
+PICTURES = {
+    "zero bytes": Picture(b"", 400, "the file is empty"),
+    "truncated": Picture(jpeg(quality=95)[:-400], 400, "the JPEG is cut off"),
+    "cut in its header": Picture(_SMALL[:100], 400, "the JPEG is cut off"),
+    "zeros of the right length": Picture(bytes(5000), 400, "this is no JPEG"),
+    "PNG named .jpg": Picture(
+        b"\x89PNG\r\n\x1a\n" + bytes(64), 400, "this is a PNG, whatever its name says: send JPEG"
+    ),
+    "video named .jpg": Picture(b"\0\0\0\x18ftypmp42" + bytes(64), 400, "this is a video or a HEIC image"),
+    "text file": Picture(b"camera offline\n", 400, "this is no JPEG (it begins with 63 61 6d 65 72 61 20 6f)"),
+    "bomb of 60,000 x 60,000": Picture(
+        resized(_SMALL, 60_000, 60_000),
+        400,
+        "60000x60000 are 3,600,000,000 pixels, ingest.max_pixels allows 50,000,000",
+    ),
+    "bomb of scans": Picture(scans(jpeg(progressive=True), 200), 400, "scans: no camera makes that"),
+    "header of 65,535 x 1": Picture(resized(_SMALL, 65_535, 1), 400, "the JPEG is corrupt"),
+    "above the limit": Picture(_SMALL + bytes(MAX_BYTES), 413, "ingest.max_bytes"),
+    # Odd, and good: nothing may be refused that is a picture.
+    "grey": Picture(jpeg((321, 180), "L")),
+    "CMYK": Picture(jpeg((322, 180), "CMYK")),
+    "progressive": Picture(jpeg((323, 180), progressive=True)),
+    "one pixel": Picture(jpeg((1, 1))),
+    "as wide as libjpeg goes": Picture(jpeg((65_500, 1))),
+    "as high as libjpeg goes": Picture(jpeg((1, 65_500))),
+    "EXIF that is a bomb": Picture(exif_bomb(jpeg((324, 180)))),
+    "EXIF that is a loop": Picture(exif_loop(jpeg((325, 180)))),
+    "EXIF that is garbage": Picture(exif(os.urandom(3000), jpeg((326, 180)))),
+    # libjpeg paints what is missing grey and says nothing of it, as every viewer shows such a file.
+    "header larger than its data": Picture(resized(_SMALL, 3200, 1800)),
+    "zeros behind the picture": Picture(jpeg((327, 180)) + bytes(999)),
+}
 
-    def __init__(self, watch: Watch) -> None:
-        super().__init__(watch.settings)
-        self._watch = watch
-        self._leave_out = watch.unreadable
 
-    def decoded(self, topic: str) -> list[Any]:
-        return [
-            codec.decode(record, TOPICS[topic].record)
-            for record in self.records[topic]
-            if (topic, record.partition, record.offset) not in self._leave_out
-        ]
+class Raw(NamedTuple):
+    """A record that nobody can read."""
 
-    def violations(self, accepted: dict[str, str]) -> list[str]:
-        self._leave_out = self._watch.unreadable | self._watch.refused
-        try:
-            return super().violations(accepted)
-        finally:
-            self._leave_out = self._watch.unreadable
+    value: bytes | None
+    key: bytes | None
+    headers: tuple[tuple[str, bytes], ...]
 
 
-def shots() -> list[bytes]:
-    """The good frames."""
-    return pictures(6)
+FAULTS = (
+    "no value",
+    "empty",
+    "text",
+    "framed noise",
+    "cut off",
+    "bytes left over",
+    "unknown schema",
+    "another topic's schema",
+    "no key",
+    "another's key",
+    "key that is no text",
+    "3.9 MB of garbage",
+    "1 MB of headers",
+    "1 MB as a fingerprint",
+    "1 MB as a key",
+)
+
+
+def unreadable(topic: str, fault: str) -> Raw:
+    """A record of the topic with that fault; all else about it is as it should be."""
+    good = codec.emit(topic, examples.RECORDS[topic])
+    assert good.value is not None
+    other = "labels" if topic != "labels" else "alerts"
+    big = bytes(1_000_000)
+    value, key, headers = good.value, good.key, good.headers
+    return {
+        "no value": Raw(None, key, headers),
+        "empty": Raw(b"", key, headers),
+        "text": Raw(b'{"frame_id": 5}', key, headers),
+        "framed noise": Raw(value[:5] + os.urandom(200) + b"\xff" * 20, key, headers),
+        "cut off": Raw(value[:-3], key, headers),
+        "bytes left over": Raw(value + b"x", key, headers),
+        "unknown schema": Raw(value, key, ((FINGERPRINT, b"\x07" * 8),)),
+        "another topic's schema": Raw(value, key, codec.emit(other, examples.RECORDS[other]).headers),
+        "no key": Raw(value, None, headers),
+        "another's key": Raw(value, b"somebody-else", headers),
+        "key that is no text": Raw(value, b"\xff\xfe", headers),
+        "3.9 MB of garbage": Raw(value[:5] + bytes(3_900_000), key, headers),
+        "1 MB of headers": Raw(value[:-3], key, (*headers, ("x", big))),
+        "1 MB as a fingerprint": Raw(value, key, ((FINGERPRINT, big),)),
+        "1 MB as a key": Raw(value, b"k" * len(big), headers),
+    }[fault]
+
+
+def frames(camera: str) -> dict[str, tuple[Frame, str]]:
+    """Frames that are not what they say, and what their dead letter says."""
+    data, text = jpeg((330, 190)), b"text"
+    bomb = resized(data, 60_000, 60_000)
+    good = core.build_frame(
+        core.Submission(camera, data, "upload", "", arrived_at=int(time.time() * 1000)),
+        core.look(data, max_bytes=MAX_BYTES, max_pixels=10**6, zone=ZoneInfo("UTC")),
+        (None, "none"),
+        claim=None,
+    )
+    bare = replace(good, image=None)
+    climbing = "../../../etc/passwd"
+    return {
+        "a claim to a file": (replace(bare, claim="file:///etc/passwd"), "not a claim of this store"),
+        "a claim to a host": (replace(bare, claim="http://169.254.169.254/"), "not a claim of this store"),
+        "a claim that climbs": (
+            replace(bare, claim=f"sha256:{climbing}", sha256=climbing),
+            "not a claim of this store",
+        ),
+        "a claim of 2 MB": (replace(bare, claim="\0" * 2_000_000), "not a claim of this store"),
+        "a claim to nothing": (replace(bare, claim=f"sha256:{good.sha256}"), "is not in"),
+        "neither image nor claim": (bare, "neither image nor claim"),
+        "another image's hash": (replace(good, sha256="0" * 64), "not the one that sha256 names"),
+        "another size": (replace(good, width=10), "the image has 330x190 pixels, its record says 10x190"),
+        "a text as its image": (
+            replace(good, image=text, sha256=hashlib.sha256(text).hexdigest()),
+            "not a readable image",
+        ),
+        "a bomb as its image": (
+            replace(good, image=bomb, sha256=hashlib.sha256(bomb).hexdigest()),
+            "not a readable image",
+        ),
+    }
+
+
+def detections(camera: str) -> dict[str, tuple[Detections, str]]:
+    """Detections that no detector makes, and what their dead letter says."""
+    good = replace(
+        examples.detections,
+        frame_id=f"{camera}:forged",
+        camera_id=camera,
+        captured_at=None,
+        arrived_at=int(time.time() * 1000),
+        boxes=(),
+    )
+    box = Box(label="person", score=0.95, x=1, y=2, width=30, height=40)
+    boxes = {
+        "a score of NaN": (replace(box, score=math.nan), "a box of score nan"),
+        "a score of infinity": (replace(box, score=math.inf), "a box of score inf"),
+        "a score of 95": (replace(box, score=95.0), "a box of score 95.0"),
+        "a negative score": (replace(box, score=-0.5), "a box of score -0.5"),
+        "a box at NaN": (replace(box, x=math.nan), "a box at nan"),
+        "an endless box": (replace(box, width=math.inf), "a box at 1.0, 2.0 of inf"),
+        "a box inside out": (replace(box, height=-40), "x -40.0 pixels"),
+        "a class of 2 MB": (replace(box, label="x" * 2_000_000), "a name of 2,000,000 characters"),
+    }
+    return {name: (replace(good, boxes=(odd,)), says) for name, (odd, says) in boxes.items()} | {
+        "100,000 boxes": (replace(good, boxes=(box,) * 100_000), "100,000 boxes: a frame has 100 at most"),
+        "no camera": (replace(good, camera_id=""), "without a camera"),
+        "before 1970": (replace(good, arrived_at=-1), "arrived_at -1 is outside the years"),
+        "captured before 1970": (replace(good, captured_at=-(2**63)), "captured_at -9223372036854775808 is outside"),
+        "in the year 292,278,994": (replace(good, arrived_at=2**63 - 1), "is outside the years"),
+    }
+
+
+def batches(camera: str) -> dict[str, tuple[Batch, str]]:
+    """Batches of no window, and what their dead letter says."""
+    good = _batch(camera)
+    return {
+        "no frames": (replace(good, frames=(), batch_id=ids.batch_id(camera, [])), "a batch of 0 frames"),
+        "another's name": (replace(good, batch_id=f"{camera}:{'0' * 32}"), "whose name is not theirs"),
+        "a name of 1 MB": (replace(good, batch_id="b" * 1_000_000), "whose name is not theirs"),
+    }
+
+
+def contexts(camera: str) -> dict[str, tuple[Context, str]]:
+    """Contexts that cannot be judged, and what their dead letter says."""
+    batch = _batch(camera)
+    good = Context(
+        batch_id=batch.batch_id, camera_id=camera, batch=batch, camera_name=camera, time_zone="UTC", sections=()
+    )
+    return {
+        "no frames": (replace(good, batch=replace(batch, frames=())), "a window without frames"),
+        "no time zone": (replace(good, time_zone="Mars/Olympus"), "no local time in zone 'Mars/Olympus'"),
+        "a time zone that climbs": (replace(good, time_zone="../../etc/passwd"), "etc/passwd"),
+        "before the calendar": (replace(good, batch=replace(batch, started_at=-(2**63))), "no local time"),
+        "a camera's name of 1 MB": (replace(good, camera_name="door " * 200_000), "raise llm.context_size"),
+    }
+
+
+def _batch(camera: str) -> Batch:
+    frame = BatchFrame(
+        frame_id=f"{camera}:forged",
+        offset=0,
+        event_at=examples.AT,
+        width=640,
+        height=360,
+        matters=True,
+        late=False,
+        boxes=(SeenBox(label="person", score=0.95, x=1, y=2, width=30, height=40, stationary=False),),
+    )
+    return replace(examples.batch, camera_id=camera, frames=(frame,), batch_id=ids.batch_id(camera, [frame.frame_id]))

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from infra.cli import dlq
 from infra.cli.dlq import plain
 from schemas.records import DeadLetter, Frame
 from streams import codec
@@ -17,7 +16,7 @@ assert isinstance(LETTER, DeadLetter)
 @pytest.fixture(autouse=True)
 def _store(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dlq, "Queries", FakeQueries)
+    monkeypatch.setattr("processors.store.queries.Queries", FakeQueries)
     monkeypatch.setattr(FakeQueries, "away", None)
     monkeypatch.setattr(FakeQueries, "asked", [])
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from infra.cli import events
 from infra.cli.events import moment
 from processors.store.queries import Lineage, Row
 from schemas.records import Frame
@@ -19,7 +18,7 @@ NOW = datetime(2026, 11, 2, 12, tzinfo=UTC)
 @pytest.fixture(autouse=True)
 def _store(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(events, "Queries", FakeQueries)
+    monkeypatch.setattr("processors.store.queries.Queries", FakeQueries)
     monkeypatch.setattr(FakeQueries, "away", None)
     monkeypatch.setattr(FakeQueries, "asked", [])
 

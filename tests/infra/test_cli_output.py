@@ -8,7 +8,8 @@ import typer
 from aiokafka.errors import KafkaConnectionError
 
 from infra.cli import output
-from infra.cli.output import print_json, print_table, printable, run, text_of, when
+from infra.cli.errors import run
+from infra.cli.output import print_json, print_table, printable, text_of, when
 from infra.config import Settings
 from processors.store.queries import QueryError
 from streams.admin import TopicsError

@@ -10,7 +10,6 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaConnectionError
 
-from infra.cli import show
 from infra.config import load
 from schemas.records import TopicMeta
 from streams.errors import UnavailableError
@@ -37,7 +36,7 @@ def look(*, behind: int = 0, frames: Count = Count(3, exact=True)) -> Survey:  #
 def log(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[[Survey | Exception], None]:
     """Sets what the log looks like; a store that has the story stands beside it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(show, "Queries", FakeQueries)
+    monkeypatch.setattr("processors.store.queries.Queries", FakeQueries)
     monkeypatch.setattr(FakeQueries, "away", None)
 
     def use(found: Survey | Exception) -> None:
@@ -46,7 +45,7 @@ def log(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[[Survey | Ex
                 raise found
             return found
 
-        monkeypatch.setattr(show, "survey", survey)
+        monkeypatch.setattr("streams.survey.survey", survey)
 
     use(look())
     return use

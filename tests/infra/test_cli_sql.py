@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from infra.cli import sql
 from infra.cli.main import app
 from processors.store.queries import QueryError
 from streams.errors import UnavailableError
@@ -16,7 +15,7 @@ from tests.infra.cli_kit import FakeQueries, invoke
 @pytest.fixture(autouse=True)
 def _store(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sql, "Queries", FakeQueries)
+    monkeypatch.setattr("processors.store.queries.Queries", FakeQueries)
     monkeypatch.setattr(FakeQueries, "away", None)
     monkeypatch.setattr(FakeQueries, "asked", [])
 

@@ -206,3 +206,14 @@ def _kind(name: str) -> type:
     for part in name.split("."):
         model = model.model_fields[part].annotation  # type: ignore[attr-defined]
     return model
+
+
+def test_the_inbox_lies_with_the_data_unless_somebody_set_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load().ingest.folder.root == Path(".rewatch/inbox")
+    monkeypatch.setenv("REWATCH_DATA_DIR", str(tmp_path / "site"))
+    monkeypatch.setenv("REWATCH_INGEST__FOLDER__STABLE_S", "1")
+    assert load().ingest.folder.root == tmp_path / "site" / "inbox"
+    assert load().ingest.folder.stable_s == 1
+    monkeypatch.setenv("REWATCH_INGEST__FOLDER__ROOT", "/mnt/cameras")
+    assert load().ingest.folder.root == Path("/mnt/cameras")

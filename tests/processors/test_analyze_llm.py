@@ -285,7 +285,9 @@ async def dying(_):
 
 
 async def handle(stage, name, tries=1):
-    record = Incoming("contexts", "e", 0, 5, b"k", codec.encode("contexts", ITEMS[name])[0], ())
+    record = Incoming(
+        "contexts", "e", 0, 5, ITEMS[name].camera_id.encode(), codec.encode("contexts", ITEMS[name])[0], ()
+    )
     for attempt in range(tries):
         try:
             (emit,) = await stage.handle(record._replace(partition=sorted(ITEMS).index(name)))

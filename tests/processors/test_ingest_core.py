@@ -239,6 +239,16 @@ class TestMemory:
         assert memory.knows("new")
         assert (len(state.digests), memory.frames) == (8000, 1001)
 
+    def test_committed_it_is_what_a_successor_reads(self):
+        memory = core.Memory("front")
+        for start in range(0, 2500, 7):  # beyond the thousand that are remembered
+            names = [f"f{n}" for n in range(start, start + 7)]
+            state = memory.state(names, 7, 1)
+            memory.committed(state, names)
+            assert memory.state() == core.Memory("front", state).state() == state
+        assert not memory.knows("f0")
+        assert memory.knows("f2499")
+
     def test_nothing_changes_before_it_is_committed(self):
         memory = core.Memory("front")
         memory.state(["a"], 1)

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from aiokafka import TopicPartition
+from msgspec import structs
 
 from processors.batch.settings import WindowsSettings
 from schemas import prompts
@@ -59,6 +60,21 @@ async def test_writers_at_once_fence_one_another_and_all_get_through(kafka: Kafk
     reader = cameras(kafka)
     await reader.table.load()
     assert all(reader.get(name) is not None for name in names)
+
+
+async def test_making_a_camera_does_not_undo_what_is_set_at_that_moment(kafka: Kafka, monkeypatch) -> None:
+    here, there = cameras(kafka), cameras(kafka)
+    name = f"cam-{kafka.settings.system}"
+    append = here.table.append
+
+    async def append_too_late(record, **options):
+        await there.table.append(structs.replace(record, name="Front door"))  # a person is faster by a blink
+        await append(record, **options)
+
+    monkeypatch.setattr(here.table, "append", append_too_late)
+    assert (await here.ensure(name)).name == "Front door"
+    await there.table.load()
+    assert there.get(name).name == "Front door"
 
 
 async def test_a_record_that_cannot_be_read_is_skipped_and_counted(kafka: Kafka) -> None:

@@ -228,7 +228,7 @@ async def test_a_fold_that_breaks_three_times_on_a_record_dead_letters_it_and_go
         await position(hold, 3)
     assert [emit.value for emit in hold.emits if emit.topic == "out"] == [b"one", b"two"]
     (letter,) = [emit for emit in hold.emits if emit.topic == "dead_letters"]
-    read = codec.decode(Incoming("dead_letters", "e", 2, 0, None, letter.value, letter.headers), DeadLetter)
+    read = codec.decode(Incoming("dead_letters", "e", 2, 0, letter.key, letter.value, letter.headers), DeadLetter)
     assert (read.origin, read.value, read.attempt) == ("in:e1:2:1", b"broken", 3)
     # Each time with a fold anew: one that broke in the middle of a record is of no use.
     assert stage.opened == 4
@@ -282,6 +282,67 @@ async def test_a_pending_range_is_taken_exactly_and_what_lies_behind_it_later() 
             worker.buffer.add(record(offset))
         await position(hold, 9)
     assert stage.inserted == [(4, 6, [4, 5]), (8, 8, [8])]
+
+
+class Durable(Hold):
+    """A hold that remembers what was committed, and fails at one commit: before it counts, or after."""
+
+    def __init__(self, fails_at: int, *, applied: bool) -> None:
+        super().__init__(Log())
+        self.fails_at, self.applied, self.committed = fails_at, applied, 0
+
+    async def acquire(self) -> None:
+        self.acquired += 1
+        self.position = self.committed
+
+    async def commit(self, emits: Sequence[Emit], position: int) -> None:
+        self.fails_at -= 1
+        if self.fails_at == -1 and not self.applied:
+            raise UncertainError("lost on its way")
+        for emit in emits:
+            self.kafka.records.append(Incoming("sink_state", "e", 2, 0, emit.key, emit.value, emit.headers))  # type: ignore[attr-defined]
+        self.committed = position
+        if self.fails_at == -1:
+            raise UncertainError("the answer was lost")
+        await super().commit(emits, position)
+
+
+@pytest.fixture
+def catching_up(monkeypatch: pytest.MonkeyPatch) -> Table:
+    """A store that would wait a minute for more, and a buffer that two records fill."""
+    monkeypatch.setattr("streams.partition.BUFFER_RECORDS", 2)
+    monkeypatch.setattr(Table, "linger_s", 60.0)
+    return Table()
+
+
+async def test_a_full_buffer_is_not_waited_over_and_one_transaction_ends_a_range_and_begins_the_next(
+    catching_up: Table,
+) -> None:
+    hold = Hold(Log())
+    async with working(catching_up, hold) as worker:
+        for offset in range(6):
+            worker.buffer.add(record(offset))
+        await position(hold, 6)
+    assert catching_up.inserted == [(0, 1, [0, 1]), (2, 3, [2, 3]), (4, 5, [4, 5])]
+    assert hold.positions == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("fails_at", range(4))
+async def test_whichever_commit_fails_a_range_has_the_same_rows_each_time(
+    catching_up: Table, fails_at: int, applied: bool
+) -> None:
+    hold = Durable(fails_at, applied=applied)
+    async with working(catching_up, hold) as worker:
+        for offset in range(6):
+            worker.buffer.add(record(offset))
+        await position(hold, 6)
+    assert hold.acquired == 2
+    rows = {(lo, hi): offsets for lo, hi, offsets in catching_up.inserted}
+    assert all(rows[lo, hi] == offsets for lo, hi, offsets in catching_up.inserted)
+    assert sorted(offset for offsets in rows.values() for offset in offsets) == list(range(6))
+    said = [codec.decode_state(one, SinkState) for one in hold.kafka.records]  # type: ignore[attr-defined]
+    assert rows.keys() == {(state.lo, state.hi) for state in said if state is not None}
 
 
 def pending(lo: int, hi: int, rows: int) -> Incoming:

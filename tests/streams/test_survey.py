@@ -8,7 +8,7 @@ from aiokafka import TopicPartition
 from processors.detect.stage import DetectStage
 from processors.sink.stage import SinkStage
 from streams import survey
-from streams.survey import READS, Count, _count, _Seen, _since
+from streams.survey import READS, Count, _count, _remembered, _Seen, _since
 from streams.topics import STORED
 
 TP = TopicPartition("frames", 0)
@@ -66,3 +66,25 @@ def test_a_short_topic_is_read_whole_to_be_counted_and_no_further_than_needed_fo
     at = {("detect", TP): 90}
     assert _since([TP], {TP: 10}, {TP: 100}, at, count=True) == {TP: 10}
     assert _since([TP], {TP: 10}, {TP: 100}, at, count=False) == {TP: 90}
+
+
+def test_what_was_seen_before_is_not_read_again() -> None:
+    known = seen(2, 5, 96, ticks=(5,), upto=100)
+    assert _remembered(known, 0, 120) == known
+    retained = _remembered(known, 5, 120)  # retention took the first
+    assert (list(retained.offsets), list(retained.ticks), retained.since, retained.upto) == ([5, 96], [5], 5, 100)
+
+
+@pytest.mark.parametrize(
+    ("since", "end"),
+    [
+        (120, 200),  # retention took all of it
+        (0, 50),  # the log ends before what was seen: it was truncated
+    ],
+)
+def test_what_the_log_does_not_bear_out_is_forgotten(since: int, end: int) -> None:
+    assert _remembered(seen(2, 5, 96), since, end) == (array("q"), array("q"), since, since)
+
+
+def test_whoever_gave_up_in_the_middle_of_a_batch_goes_on_from_its_beginning() -> None:
+    assert list(seen(2, 5, 96).between(0, 5).offsets) == [2]

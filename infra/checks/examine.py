@@ -1,0 +1,58 @@
+"""Every check, asked side by side and sorted by severity."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, get_args
+
+from infra.checks import machine, models, services, work
+from infra.checks.check import PATIENCE_S, Check, Context, Status
+from infra.config import Settings
+from infra.local.supervisor import read_state
+
+CHECKS: dict[str, Callable[[Context], Coroutine[Any, Any, list[Check]]]] = {
+    "versions": machine.versions,
+    "memory": machine.memory,
+    "files": machine.open_files,
+    "time zone": machine.time_zone,
+    "gpu": machine.gpu,
+    "data_dir": machine.data_dir,
+    "images": machine.images,
+    "inbox": machine.inbox,
+    "ports": machine.ports,
+    "broker": services.broker,
+    "clickhouse": services.clickhouse,
+    "llm": services.llm,
+    "detector": services.detector,
+    "models": models.weights,
+    "processes": work.processes,
+    "stages": work.stages,
+    "cameras": work.cameras,
+    "dead letters": work.dead_letters,
+}
+
+
+async def examine(settings: Settings) -> list[Check]:
+    """Every check's answers, what is worst first."""
+    context = Context(settings, await asyncio.to_thread(_supervised, settings))
+    found = await asyncio.gather(*(_guarded(name, check(context)) for name, check in CHECKS.items()))
+    order = get_args(Status)
+    return sorted((check for group in found for check in group), key=lambda check: order.index(check.status))
+
+
+async def _guarded(name: str, check: Awaitable[list[Check]]) -> list[Check]:
+    try:
+        return await asyncio.wait_for(check, PATIENCE_S + 5)
+    except TimeoutError:
+        return [Check(name, "failed", "no answer in time", "look at the address in the settings, and at the service")]
+    except Exception as error:  # noqa: BLE001 (a doctor reports what he meets, and goes on with the rest)
+        found = f"{type(error).__name__}: {error}"
+        return [Check(name, "failed", found, "`rewatch --verbose doctor` says more; report this if it does not help")]
+
+
+def _supervised(settings: Settings) -> dict[str, Any]:
+    """What runs here; nothing where the data directory cannot be read, which a check names."""
+    try:
+        state = read_state(settings.data_dir)
+    except OSError:
+        return {}
+    return dict((state or {}).get("processes", {}))

@@ -1,0 +1,124 @@
+"""Checks of the work itself: processes that keep dying, stages that wait, cameras gone silent, dead letters."""
+
+import json
+import time
+from contextlib import aclosing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from infra.checks.check import Check, Context
+from processors.store.queries import Queries, Row
+from streams.errors import UnavailableError
+
+# A day holds a night and a morning: who saw nothing in all of it is more likely dead than bored.
+SILENT = timedelta(days=1)
+# A camera that has been silent for longer was taken down, or was a demo: it has been told often enough.
+FORGOTTEN = timedelta(days=7)
+
+_WAITS = {
+    "broker": "start the broker (kafka.bootstrap_servers); the `broker` check says more",
+    "llm": "look at the LLM server (llm.url): it is away, loading, or fails its test window",
+    "store": "start ClickHouse (clickhouse.url), or run `rewatch migrate`; the `clickhouse` check says more",
+    "images": "look at the image store (images)",
+    "disk": "make room on the disk of data_dir",
+    "folder": "look at ingest.folder.root: it cannot be read or written",
+    "settings": "look at its log below data_dir: a setting or prompt cannot be used",
+}
+
+
+async def processes(context: Context) -> list[Check]:
+    """Processes of `rewatch up` that died and were started again."""
+    died = {name: p for name, p in context.running.items() if p.get("restarts")}
+    return [
+        Check(
+            f"process {name}",
+            "warning",
+            f"was restarted {process['restarts']} times; last: {_first_line(process.get('reason'))}",
+            f"`tail -n 50 {process['log']}`",
+        )
+        for name, process in died.items()
+    ]
+
+
+async def stages(context: Context) -> list[Check]:
+    """What the workers on this machine wait on."""
+    checks: list[Check] = []
+    for report in _reports(context.settings.data_dir):
+        stage = report["stage"]
+        for what in report["waiting_on"]:
+            fix = next((fix for name, fix in _WAITS.items() if name in what), "`rewatch status` says more")
+            checks.append(Check(f"stage {stage}", "warning", f"waits on {what}", fix))
+        if report["stall"]:
+            checks.append(Check(f"stage {stage}", "warning", report["stall"], "`rewatch up` restarts it within 60 s"))
+    return checks
+
+
+async def cameras(context: Context) -> list[Check]:
+    """Cameras that sent within the last week, and nothing for a day."""
+    rows = await _asked(
+        context,
+        "SELECT camera_id, max(arrived_at) AS last FROM frames GROUP BY camera_id HAVING last > now() - INTERVAL 7 DAY",
+    )
+    if not rows:
+        return []
+    now = datetime.now(UTC)
+    silent = [
+        f"{row['camera_id']} for {_span(now - row['last'])}" for row in rows if SILENT < now - row["last"] < FORGOTTEN
+    ]
+    if silent:
+        fix = "look at the camera and at what sends its images; `rewatch dlq ls --stage ingest` lists what was refused"
+        return [Check("cameras", "warning", f"silent: {', '.join(sorted(silent))}", fix)]
+    return [Check("cameras", "ok", f"{len(rows)} sent images within a day")]
+
+
+async def dead_letters(context: Context) -> list[Check]:
+    """How many are open."""
+    settings = context.settings
+    if settings.local_clickhouse and "clickhouse" not in context.running:
+        return []
+    async with aclosing(Queries(settings.clickhouse)) as store:
+        try:
+            open_ = await store.dead_letter_counts()
+        except UnavailableError:  # the check of ClickHouse tells it
+            return []
+    if not open_:
+        return [Check("dead letters", "ok", "none")]
+    found = ", ".join(f"{row['count']} of {row['stage']} ({row['kind']})" for row in open_)
+    return [Check("dead letters", "warning", found, "`rewatch dlq ls`, then `rewatch dlq show ORIGIN`")]
+
+
+async def _asked(context: Context, query: str) -> list[Row]:
+    settings = context.settings
+    if settings.local_clickhouse and "clickhouse" not in context.running:
+        return []
+    async with aclosing(Queries(settings.clickhouse)) as store:
+        try:
+            return await store.rows(query)
+        except UnavailableError:  # the check of ClickHouse tells it
+            return []
+
+
+def _reports(data_dir: Path) -> list[dict[str, Any]]:
+    """What the live workers on this machine say of themselves."""
+    found = []
+    for path in sorted((data_dir / "status").glob("*.json")):
+        try:
+            report = json.loads(path.read_text())
+            fresh = time.time() - path.stat().st_mtime < 10  # written every second
+        except (OSError, ValueError):  # it ended just now
+            continue
+        if fresh and psutil.pid_exists(report["pid"]):
+            found.append(report)
+    return found
+
+
+def _span(age: timedelta) -> str:
+    hours = age.total_seconds() / 3600
+    return f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} days"
+
+
+def _first_line(text: str | None) -> str:
+    return next(iter((text or "unknown").splitlines()))

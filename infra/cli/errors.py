@@ -1,0 +1,85 @@
+"""What a person can mend, as one line and an exit code; whatever nobody expects keeps its traceback."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import typer
+
+from infra.cli.output import AWAY, NO, USAGE, console, fail, working
+
+if TYPE_CHECKING:
+    from infra.config import Settings
+
+T = TypeVar("T")
+
+
+def run(settings: "Settings", main: Callable[[], Coroutine[Any, Any, T]], *, doing: str = "reading ...") -> T:
+    """Run a command's work; a service that is away, or says no, is one clear line and an exit code."""
+
+    def answer() -> T:
+        with working(doing):
+            return asyncio.run(main())
+
+    return mendable(settings, answer)
+
+
+def mendable(settings: "Settings", work: Callable[[], T]) -> T:
+    """Do it; failures that a person can mend are one line and an exit code."""
+    try:
+        return work()
+    except Exception as error:
+        _say(settings, error)
+        raise
+
+
+def _say(settings: "Settings", error: Exception) -> None:
+    """End the command if a person can mend the error. The classes are imported here: only an error is worth it."""
+    from aiokafka.errors import KafkaError
+
+    from infra.local.process import StartError
+    from infra.local.supervisor import AlreadyRunningError, ProcessFailedError
+    from processors.detect.settings import ModelError
+    from processors.store.queries import QueryError
+    from schemas.migrations import MigrationError
+    from streams.admin import TopicsError
+    from streams.errors import FencedError, UnavailableError, UncertainError
+    from streams.serving import SettingsError
+
+    match error:
+        case AlreadyRunningError():
+            console().print(str(error))
+            raise typer.Exit(0) from None
+        case SettingsError() | ModelError() | TopicsError() | MigrationError():
+            fail(str(error), USAGE)
+        case UnavailableError():
+            fail(f"{error}{start_hint(settings)}", AWAY)
+        case StartError() | ProcessFailedError():
+            fail(str(error), AWAY)
+        case KafkaError() | TimeoutError() | FencedError() | UncertainError():
+            fail(f"{broker_away(settings)}: {explain(error)}", AWAY)
+        case QueryError():
+            fail(f"ClickHouse: {error}", NO)
+        case PermissionError() if error.filename is not None:
+            fail(
+                f"{error.filename}: {error.strerror}: data_dir ({settings.data_dir}) belongs to another user; "
+                "run as that user, or set data_dir (REWATCH_DATA_DIR) to a directory of your own",
+                USAGE,
+            )
+
+
+def broker_away(settings: "Settings") -> str:
+    """Which setting names the broker, and what to do."""
+    start = "start it with `rewatch up`, or set kafka.bootstrap_servers" if settings.local_kafka else "look there"
+    return f"no answer from the broker at {settings.kafka.bootstrap_servers} (kafka.bootstrap_servers); {start}"
+
+
+def start_hint(settings: "Settings") -> str:
+    """What starts an embedded ClickHouse; nothing where it is someone else's."""
+    return "; start it with `rewatch up`, or set clickhouse.url" if settings.local_clickhouse else ""
+
+
+def explain(error: BaseException) -> str:
+    """One line about an error: its class says more than nothing."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

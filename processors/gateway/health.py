@@ -1,0 +1,266 @@
+"""How the pipeline is: what is on the log and in ClickHouse, how far each stage has come, what is away and its fix.
+
+`look` is behind both the gateway's page and `rewatch status`. It never raises: what is away is a problem in it.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+from aiokafka.errors import KafkaError
+
+from processors.gateway.models import DeadLetterCount, Health, Problem, StageHealth, TopicHealth
+from processors.store.queries import Queries, Row
+from streams.errors import UnavailableError
+from streams.kafka import Kafka
+from streams.survey import READS, Memory, Position, Survey, survey
+from streams.topics import STORED
+
+# A worker writes its report every second; one that is older than this by far is not at work.
+FRESH_S = 10.0
+
+# What a page waits for at most, seconds: the broker's own limits add up to a minute when its host does not answer.
+_PATIENCE_S = 10.0
+# How old what is shown may be, seconds.
+_OLD_S = 2.0
+# The stages whose latency ClickHouse can tell, by the topic that they write.
+_WRITES = {"detect": "detections", "analyze": "risk_events"}
+
+Report = Mapping[str, Any]
+"""What a worker says of itself; see `streams.liveness`."""
+
+
+class Look(NamedTuple):
+    """One look at everything; None is what could not be asked."""
+
+    log: Survey | None
+    stored: Mapping[str, int] | None
+    """Records in ClickHouse by topic."""
+    letters: list[Row] | None
+    """Open dead letters: `stage`, `kind`, `count`."""
+    reports: list[Report]
+    problems: list[Problem]
+
+
+class Stage(NamedTuple):
+    """How far one stage has come, over all of its partitions and processes."""
+
+    lag: int | None
+    exact: bool
+    caught_up: bool | None
+    waiting_on: tuple[str, ...]
+    reports: list[Report]
+
+
+async def look(
+    kafka: Kafka,
+    stored: Callable[[], Awaitable[tuple[Mapping[str, int], list[Row]]]],
+    data_dir: Path,
+    *,
+    memory: Memory | None = None,
+    fixes: Mapping[str, str] | None = None,
+) -> Look:
+    """Look at the log, ClickHouse and this machine's workers at once.
+
+    Args:
+        kafka: the broker.
+        stored: asks ClickHouse for records by topic and open dead letters; raises `UnavailableError`.
+        data_dir: where workers of this machine say how they are.
+        memory: for whoever looks again and again; see `survey`.
+        fixes: what to do when a service (`broker`, `clickhouse`) is away, in this installation.
+    """
+    problems: list[Problem] = []
+    fixes = fixes or {}
+
+    async def log() -> Survey | None:
+        try:
+            return await survey(kafka, memory=memory)
+        except (KafkaError, TimeoutError, OSError) as error:
+            problems.append(Problem(service="broker", message=broker_away(kafka, error, fixes.get("broker", ""))))
+            return None
+
+    async def store() -> tuple[Mapping[str, int] | None, list[Row] | None]:
+        try:
+            return await stored()
+        except UnavailableError as error:
+            problems.append(Problem(service="clickhouse", message=f"{error}{fixes.get('clickhouse', '')}"))
+            return None, None
+
+    found, (counts, letters), reports = await asyncio.gather(log(), store(), asyncio.to_thread(workers, data_dir))
+    return Look(found, counts, letters, reports, problems)
+
+
+def stage_of(name: str, positions: Sequence[Position] | None, reports: Sequence[Report]) -> Stage:
+    """One stage, from its positions on the log (None while the broker is away) and its workers' reports."""
+    ours = [report for report in reports if report["stage"] == name]
+    return Stage(
+        None if positions is None else sum(p.behind.records for p in positions),
+        positions is None or all(p.behind.exact for p in positions),
+        None if positions is None else all(p.behind == (0, True) for p in positions),
+        tuple(sorted({what for report in ours for what in report["waiting_on"]})),
+        ours,
+    )
+
+
+def workers(data_dir: Path) -> list[Report]:
+    """What the live workers on this data directory say of themselves."""
+    reports: list[Report] = []
+    for path in sorted((data_dir / "status").glob("*.json")):
+        try:
+            report = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError):  # it ended just now
+            continue
+        if psutil.pid_exists(report["pid"]) and time.time() - report["written_at"] < FRESH_S:
+            reports.append(report)
+    return reports
+
+
+def broker_away(kafka: Kafka, error: BaseException, fix: str = "") -> str:
+    """Which setting names the broker that does not answer, what to do, and what it said."""
+    where = f"no answer from the broker at {kafka.settings.bootstrap_servers} (kafka.bootstrap_servers)"
+    return f"{where}; {fix or 'look there'}: {explain(error)}"
+
+
+def explain(error: BaseException) -> str:
+    """One line about an error: its class says more than nothing."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+class Pulse:
+    """The page's view of it, at most two seconds old; whoever asks meanwhile gets the same answer.
+
+    Args:
+        kafka: the broker.
+        queries: the way to ClickHouse.
+        data_dir: where workers of this machine say how they are.
+        fixes: as for `look`.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        kafka: Kafka,
+        queries: Queries,
+        data_dir: Path,
+        *,
+        fixes: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._kafka = kafka
+        self._queries = queries
+        self._data_dir = data_dir
+        self._fixes = fixes
+        self._clock = clock
+        self._memory: Memory = {}
+        self._last: tuple[float, Health] | None = None
+        self._running: asyncio.Task[Health] | None = None
+
+    async def health(self) -> Health:
+        """How the pipeline is; it never raises."""
+        if self._last is not None and self._clock() - self._last[0] < _OLD_S:
+            return self._last[1]
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._ask(), name="health")
+        return await asyncio.shield(self._running)
+
+    async def _ask(self) -> Health:
+        began = self._clock()
+        facts = _Facts({}, {}, {})
+
+        async def stored() -> tuple[Mapping[str, int], list[Row]]:
+            nonlocal facts
+            flow, latency, models, letters = await asyncio.gather(
+                self._queries.flow(),
+                self._queries.latency(),
+                self._queries.models(),
+                self._queries.dead_letter_counts(),
+            )
+            facts = _Facts(flow, latency, models)
+            return {topic: row["records"] for topic, row in flow.items()}, letters
+
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                seen = await look(self._kafka, stored, self._data_dir, memory=self._memory, fixes=self._fixes)
+        except TimeoutError:
+            reports = await asyncio.to_thread(workers, self._data_dir)
+            slow = Problem(
+                service="gateway",
+                message=f"the broker or ClickHouse took longer than {_PATIENCE_S:g} s to say how they are; "
+                "look at their load, and at kafka.bootstrap_servers and clickhouse.url",
+            )
+            seen = Look(None, None, None, reports, [slow])
+        health = _health(seen, facts, self._kafka.settings.system)
+        self._last = (max(began, self._clock() - _OLD_S / 2), health)
+        return health
+
+
+class _Facts(NamedTuple):
+    """What ClickHouse knows besides counts."""
+
+    flow: Mapping[str, Row]
+    latency: Mapping[str, Row]
+    models: Mapping[str, str]
+
+
+def _health(seen: Look, facts: _Facts, system: str) -> Health:
+    stages = tuple(_stage(name, seen, facts) for name in READS)
+    waits = any(stage.waiting_on for stage in stages)
+    stalled = any(stage.stall for stage in stages)
+    return Health(
+        at=datetime.now(UTC),
+        status="degraded" if seen.problems or stalled else "waiting" if waits else "ok",
+        system=system,
+        detector=facts.models.get("detector", ""),
+        analyst=facts.models.get("analyst", ""),
+        stages=stages,
+        topics=tuple(_topic(topic, seen, facts) for topic in STORED),
+        dead_letters=tuple(
+            DeadLetterCount(stage=row["stage"], kind=row["kind"], count=row["count"]) for row in seen.letters or ()
+        ),
+        problems=tuple(seen.problems),
+    )
+
+
+def _topic(topic: str, seen: Look, facts: _Facts) -> TopicHealth:
+    records, exact = on_log(seen.log, topic)
+    return TopicHealth(
+        topic=topic,
+        records=records,
+        exact=exact,
+        in_clickhouse=None if seen.stored is None else seen.stored.get(topic, 0),
+        last_at=facts.flow.get(topic, {}).get("last_at"),
+    )
+
+
+def on_log(log: Survey | None, topic: str) -> tuple[int | None, bool]:
+    """How many records of a topic are on the log, and whether each was seen."""
+    if log is None:
+        return None, True
+    count = log.records.get(topic)
+    return (count.records, count.exact) if count is not None else (0, True)
+
+
+def _stage(name: str, seen: Look, facts: _Facts) -> StageHealth:
+    stage = stage_of(name, seen.log.positions[name] if seen.log is not None else None, seen.reports)
+    latency = facts.latency.get(_WRITES.get(name, ""), {})
+    return StageHealth(
+        stage=name,
+        lag=stage.lag,
+        exact=stage.exact,
+        caught_up=stage.caught_up,
+        waiting_on=stage.waiting_on,
+        workers=len(stage.reports),
+        stall=next((report["stall"] for report in stage.reports if report["stall"]), None),
+        latency_p50_ms=_ms(latency.get("p50_s")),
+        latency_p95_ms=_ms(latency.get("p95_s")),
+    )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)
