@@ -114,7 +114,10 @@ def _to_structlog(root: logging.Logger, level: int, chain: list[Processor]) -> N
         ours = _Stderr()
         root.addHandler(ours)
     if ours is not None:
-        root.setLevel(level)
+        # Libraries say what is wrong. What goes well (Faust's starts, each batch of changed files) only to debuggers.
+        root.setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))
+        for room in ("infra", "processors", "streams"):
+            logging.getLogger(room).setLevel(level)
         ours.setFormatter(
             structlog.stdlib.ProcessorFormatter(
                 foreign_pre_chain=[structlog.stdlib.add_log_level, structlog.stdlib.add_logger_name],
@@ -123,10 +126,9 @@ def _to_structlog(root: logging.Logger, level: int, chain: list[Processor]) -> N
         )
     # aiokafka reports each reconnection of each client as an error; the stages say what they wait on.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-    # httpx tells each request with its whole address: cameras' hold passwords. httpcore tells headers. uvicorn tells
-    # four times that it starts, and we where.
-    for library in ("httpx", "httpcore", "uvicorn"):
-        pass
+    # httpx tells each request with its whole address: cameras' hold passwords. httpcore tells headers.
+    for library in ("httpx", "httpcore"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     fences = logging.getLogger("asyncio")
     if _not_fenced not in fences.filters:
         fences.addFilter(_not_fenced)
