@@ -68,11 +68,11 @@ async def run_demo(settings: Settings, config: Path | None, console: Console, st
     if not await bring_up(installation, console, stop):
         console.print("stopped before anything was played", soft_wrap=True)
         return False
-    progress = _Progress()
+    progress = _Progress(began)
     telling = asyncio.create_task(narrate(installation, console))
     try:
         seconds["start"] = time.monotonic() - began
-        showing = asyncio.create_task(_show(settings, console, progress, began, seconds))
+        showing = asyncio.create_task(_show(settings, console, progress, seconds))
         stopping = asyncio.create_task(stop.asked.wait())
         try:
             await asyncio.wait({showing, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -89,7 +89,7 @@ async def run_demo(settings: Settings, config: Path | None, console: Console, st
         with console.status("stopping ..."):
             await installation.__aexit__(None, None, None)
         if stop.asked.is_set():
-            console.print(progress.summary(settings, time.monotonic() - began), soft_wrap=True)
+            console.print(progress.summary(settings), soft_wrap=True)
     seconds["total"] = time.monotonic() - began
     state["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     (settings.data_dir / "demo.json").write_text(json.dumps(state, indent=2))
@@ -100,22 +100,22 @@ async def run_demo(settings: Settings, config: Path | None, console: Console, st
 class _Progress:
     """How far a demo is, for whoever stops it."""
 
-    def __init__(self) -> None:
+    def __init__(self, began: float) -> None:
+        self.began = began
         self.frames = 0
         self.taken = 0
         self.events = 0
 
-    def summary(self, settings: Settings, seconds: float) -> str:
+    def summary(self, settings: Settings) -> str:
         """A line for people."""
+        lasted = duration(time.monotonic() - self.began)
         return (
-            f"stopped after {duration(seconds)}: {self.taken} of {self.frames} frames taken, {self.events} events; "
+            f"stopped after {lasted}: {self.taken} of {self.frames} frames taken, {self.events} events; "
             f"data stay in {settings.data_dir}, and `rewatch up` goes on with what is left"
         )
 
 
-async def _show(
-    settings: Settings, console: Console, progress: _Progress, began: float, seconds: dict[str, float]
-) -> dict[str, Any]:
+async def _show(settings: Settings, console: Console, progress: _Progress, seconds: dict[str, float]) -> dict[str, Any]:
     """Play, print events as they come, wait for the end; return what `rewatch status --json` says then."""
     with console.status("drawing the day: 11 small stories at three cameras ..."):
         footage = await asyncio.to_thread(_render, settings)
@@ -124,13 +124,17 @@ async def _show(
         f"playing {progress.frames} frames into {settings.ingest.folder.root}/; what is found, as it is found:",
         soft_wrap=True,
     )
-    watching = asyncio.create_task(_watch(settings, console, progress, began, seconds))
+    watch = _Watch(settings, console, progress, seconds)
+    await watch.look()
+    watching = asyncio.create_task(watch.run())
     try:
         await _play(settings, footage, progress, console)
-        return await _drained(settings, console, len(footage.frames))
+        state = await _drained(settings, console, len(footage.frames))
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+    await watch.look()
+    return state
 
 
 def _render(settings: Settings) -> Footage:
@@ -184,23 +188,37 @@ async def _play(settings: Settings, footage: Footage, progress: _Progress, conso
         await producer.stop()
 
 
-async def _watch(
-    settings: Settings, console: Console, progress: _Progress, began: float, seconds: dict[str, float]
-) -> None:
-    """Print each event as it arrives in ClickHouse."""
-    async with aclosing(Queries(settings.clickhouse)) as queries:
-        seen = {event["event_id"] for event in await queries.events(limit=_MANY)}
+class _Watch:
+    """Prints each event once, as it arrives in ClickHouse."""
+
+    def __init__(self, settings: Settings, console: Console, progress: _Progress, seconds: dict[str, float]) -> None:
+        self._settings = settings
+        self._console = console
+        self._progress = progress
+        self._seconds = seconds
+        self._seen: set[str] | None = None
+
+    async def run(self) -> None:
+        """Look twice a second, until it is cancelled."""
         while True:
-            for event in reversed(await queries.events(limit=_MANY)):
-                if event["event_id"] not in seen:
-                    seen.add(event["event_id"])
-                    progress.events += 1
-                    seconds.setdefault("first_event", time.monotonic() - began)
-                    level = output.level_text(event["risk_level"], event["risk_score"])
-                    level.pad_right(12 - len(level))
-                    line = Text(f"{event['started_at']:%H:%M:%S}  {event['camera_id']:<12}")
-                    console.print(line.append_text(level).append(f"  {event['summary']}"), soft_wrap=True)
+            await self.look()
             await asyncio.sleep(0.5)
+
+    async def look(self) -> None:
+        """Print what came since the last look; what was there at the first is not news."""
+        async with aclosing(Queries(self._settings.clickhouse)) as queries:
+            events = await queries.events(limit=_MANY)
+        if self._seen is None:
+            self._seen = {event["event_id"] for event in events}
+        for event in reversed(events):
+            if event["event_id"] not in self._seen:
+                self._seen.add(event["event_id"])
+                self._progress.events += 1
+                self._seconds.setdefault("first_event", time.monotonic() - self._progress.began)
+                level = output.level_text(event["risk_level"], event["risk_score"])
+                level.pad_right(12 - len(level))
+                line = Text(f"{event['started_at']:%H:%M:%S}  {event['camera_id']:<12}")
+                self._console.print(line.append_text(level).append(f"  {event['summary']}"), soft_wrap=True)
 
 
 async def _drained(settings: Settings, console: Console, frames: int) -> dict[str, Any]:
@@ -262,7 +280,9 @@ async def _finish(settings: Settings, console: Console) -> None:
         if topic["records"]:
             counts.add_row(topic["topic"], str(topic["records"]), str(topic["in_clickhouse"]))
     console.print(counts)
-    console.print("[bold]look further[/bold], with `.venv/bin/rewatch up` running on the same data:")
+    console.print("[bold]look further[/bold], with `.venv/bin/rewatch up` running on the same data:", soft_wrap=True)
+    if settings.gateway.enabled:
+        console.print(f"  {settings.gateway.url} in a browser", soft_wrap=True, highlight=False)
     if riskiest:
         console.print(f"  .venv/bin/rewatch explain {_short(riskiest[0]['event_id'])}", soft_wrap=True, highlight=False)
     for query in TRY:

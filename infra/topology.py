@@ -109,19 +109,23 @@ async def run(
         await host.run(stop)
 
 
+def fixes(settings: Settings) -> dict[str, str]:
+    """What to do in this installation when the `broker` or `clickhouse` is away."""
+    start = "start it with `rewatch up`, or set"
+    return {
+        "broker": f"{start} kafka.bootstrap_servers" if settings.local_kafka else "look there",
+        "clickhouse": f"; {start} clickhouse.url" if settings.local_clickhouse else "",
+    }
+
+
 def gateway(settings: Settings, kafka: Kafka, known: Cameras, status: Path, endpoint: Endpoint) -> "Gateway":
     """The web door with the parts that the settings choose."""
     from processors.gateway.service import Service, build_source
     from processors.gateway.upload import Uploads
 
     upload = settings.ingest.upload
-    start = "start it with `rewatch up`, or set"
-    fixes = {
-        "broker": f"{start} kafka.bootstrap_servers" if settings.local_kafka else "look there",
-        "clickhouse": f"; {start} clickhouse.url" if settings.local_clickhouse else "",
-    }
     source = build_source(
-        kafka, settings.clickhouse, known, ClaimStore(settings.images_root), settings.data_dir, fixes=fixes
+        kafka, settings.clickhouse, known, ClaimStore(settings.images_root), settings.data_dir, fixes=fixes(settings)
     )
     uploads = Uploads(
         settings.gateway.ingest_url or upload.url,
@@ -135,11 +139,14 @@ def gateway(settings: Settings, kafka: Kafka, known: Cameras, status: Path, endp
 
 async def _topics(kafka: Kafka, stop: asyncio.Event) -> dict[str, TopicMeta]:
     """The topics' meta records, as soon as the broker answers."""
+    said = ""
     while not stop.is_set():
         try:
             return await ensure_topics(kafka)
         except (KafkaError, OSError, TimeoutError) as error:
-            log.warning("waiting", on="broker", why=str(error))
+            if str(error) != said:  # once is enough: a broker can take a minute to start
+                said = str(error)
+                log.warning("waiting", on="broker", why=said)
             await asyncio.sleep(0.5)
     raise SystemExit(0)  # asked to stop before there was anything to stop
 

@@ -169,6 +169,7 @@ async def still_member(consumer: AIOKafkaConsumer, tp: TopicPartition) -> bool:
 
 async def until_broker_answers(kafka: Kafka, liveness: Liveness, stop: asyncio.Event) -> bool:
     """Wait for the broker; False when `stop` came first."""
+    said = ""
     while not stop.is_set():
         try:
             async with kafka.admin():
@@ -177,6 +178,8 @@ async def until_broker_answers(kafka: Kafka, liveness: Liveness, stop: asyncio.E
                 return True
         except (KafkaError, OSError) as error:
             liveness.waiting_on = "broker"
-            log.warning("broker away", error=str(error))
+            if str(error) != said:
+                said = str(error)
+                log.warning("waiting", on="broker", why=said)
             await asyncio.sleep(1)
     return False

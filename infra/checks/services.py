@@ -156,5 +156,6 @@ async def _detector_service(settings: DetectorSettings, url: str) -> Check:
 
 
 def _explain(error: BaseException) -> str:
+    name = type(error).__name__
     first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return (first or name) if first.startswith(name) or not first else f"{name}: {first}"

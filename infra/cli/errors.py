@@ -35,7 +35,7 @@ def mendable(settings: "Settings", work: Callable[[], T]) -> T:
 
 def _say(settings: "Settings", error: Exception) -> None:
     """End the command if a person can mend the error. The classes are imported here: only an error is worth it."""
-    from aiokafka.errors import KafkaError
+    from aiokafka.errors import KafkaConnectionError, KafkaError
 
     from infra.local.process import StartError
     from infra.local.supervisor import AlreadyRunningError, ProcessFailedError
@@ -53,9 +53,11 @@ def _say(settings: "Settings", error: Exception) -> None:
         case SettingsError() | ModelError() | TopicsError() | MigrationError():
             fail(str(error), USAGE)
         case UnavailableError():
-            fail(f"{error}{start_hint(settings)}", AWAY)
+            fail(f"{error}{start_hint(settings) if error.waiting_on == 'store' else ''}", AWAY)
         case StartError() | ProcessFailedError():
             fail(str(error), AWAY)
+        case KafkaConnectionError():  # what it says beyond that are the address and Python's words for it
+            fail(broker_away(settings), AWAY)
         case KafkaError() | TimeoutError() | FencedError() | UncertainError():
             fail(f"{broker_away(settings)}: {explain(error)}", AWAY)
         case QueryError():
@@ -70,7 +72,11 @@ def _say(settings: "Settings", error: Exception) -> None:
 
 def broker_away(settings: "Settings") -> str:
     """Which setting names the broker, and what to do."""
-    start = "start it with `rewatch up`, or set kafka.bootstrap_servers" if settings.local_kafka else "look there"
+    start = (
+        "start it with `rewatch up`, or set kafka.bootstrap_servers"
+        if settings.local_kafka
+        else "`rewatch doctor` looks closer"
+    )
     return f"no answer from the broker at {settings.kafka.bootstrap_servers} (kafka.bootstrap_servers); {start}"
 
 
@@ -81,5 +87,8 @@ def start_hint(settings: "Settings") -> str:
 
 def explain(error: BaseException) -> str:
     """One line about an error: its class says more than nothing."""
+    name = type(error).__name__
     first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    if not first or first.startswith(name):  # aiokafka's errors name themselves
+        return first or name
+    return f"{name}: {first}"

@@ -76,7 +76,10 @@ def register(app: typer.Typer) -> None:
         ingest_app,
         name="ingest",
         rich_help_panel=RUN,
-        epilog=examples("rewatch ingest dir ~/footage/driveway --camera driveway", "rewatch ingest video driveway.mp4 --camera driveway --fps 2"),
+        epilog=examples(
+            "rewatch ingest dir ~/footage/driveway --camera driveway",
+            "rewatch ingest video driveway.mp4 --camera driveway --fps 2",
+        ),
     )
 
 

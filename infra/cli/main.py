@@ -73,7 +73,7 @@ def main() -> None:
             # A terminal that knows no UTF-8 shows \\xe9, instead of ending the command in the middle of a table.
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(prog_name="rewatch")
     except Exception as error:
         # Looked up: only a command that read settings can have met this error, and has imported it then.
         if (config := sys.modules.get("infra.config")) is not None and isinstance(error, config.ConfigError):

@@ -55,7 +55,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
     rows = [list(row) for row in rows]
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        numeric = any(isinstance(row[index], int | float) and not isinstance(row[index], bool) for row in rows)
+        cells = [row[index] for row in rows if row[index] is not None]
+        numbers = sum(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
+        numeric = numbers > len(cells) / 2  # among counts an estimate is a text, `~70000`
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(text_of(cell)) for cell in row))

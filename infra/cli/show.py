@@ -1,7 +1,6 @@
 """`rewatch status` and `rewatch lag`: what runs, what is on the log and in ClickHouse, how far each stage has come."""
 
 import asyncio
-import json
 import time
 from contextlib import aclosing
 from pathlib import Path
@@ -9,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from infra.cli.errors import broker_away, explain, run, start_hint
+from infra.cli.errors import run
 from infra.cli.help import LOOK, examples
 from infra.cli.output import AWAY, NO, JsonFlag, fail, print_json, print_table, when
 
 if TYPE_CHECKING:
     from infra.config import Settings
-    from streams.survey import Position, Survey
-
-# A worker writes its report every second; one that is older than this by far is not at work.
-FRESH_S = 10.0
+    from processors.gateway.health import Report, Stage
+    from processors.store.queries import Row
+    from streams.survey import Position
 
 
 def register(root: typer.Typer) -> None:
@@ -63,6 +61,7 @@ def lag(ctx: typer.Context, as_json: JsonFlag = False) -> None:
     Exit code 0 when every stage is caught up, 1 when one is not. Frames of a window that is still open stand before
     `batch` until it closes.
     """
+    from processors.gateway.health import stage_of, workers
     from streams.kafka import Kafka
     from streams.survey import READS, survey
 
@@ -70,8 +69,12 @@ def lag(ctx: typer.Context, as_json: JsonFlag = False) -> None:
     look = run(settings, lambda: survey(Kafka(settings.kafka), count=False))
     if not look.metas:
         fail("there are no topics yet: `rewatch up` or `rewatch migrate` makes them")
-    reports = _reports(settings.data_dir)
-    stages = [_stage(name, look.positions[name], reports, partitions=True) for name in READS]
+    reports = workers(settings.data_dir)
+    stages = [
+        _stage(stage_of(name, look.positions[name], reports), name)
+        | {"partitions": _partitions(name, look.positions[name], reports)}
+        for name in READS
+    ]
     caught_up = all(stage["caught_up"] for stage in stages)
     if as_json:
         print_json({"caught_up": caught_up, "stages": stages})
@@ -105,101 +108,70 @@ async def collect(settings: "Settings") -> dict[str, Any]:
     `lag`, `exact`, `caught_up`, `waiting_on`, `workers`), `processes`, `dead_letters` and `problems`: services that
     are away. It never raises for those.
     """
+    from infra import topology
+    from processors.gateway.health import look, on_log, stage_of
+    from processors.store.queries import Queries
+    from streams.kafka import Kafka
     from streams.survey import READS
     from streams.topics import STORED
 
-    problems: list[dict[str, str]] = []
-    look, stored = await asyncio.gather(_look(settings, problems), _stored(settings, problems))
-    counts, letters = stored
+    async with aclosing(Queries(settings.clickhouse)) as store:
+
+        async def stored() -> "tuple[dict[str, int], list[Row]]":
+            return await store.counts(), await store.dead_letter_counts()
+
+        seen = await look(Kafka(settings.kafka), stored, settings.data_dir, fixes=topology.fixes(settings))
     processes = await asyncio.to_thread(supervised, settings.data_dir)
-    reports = await asyncio.to_thread(_reports, settings.data_dir)
+    stages = [stage_of(name, seen.log.positions[name] if seen.log else None, seen.reports) for name in READS]
     topics = []
     for topic in STORED:
-        count = look.records.get(topic) if look is not None else None
-        topics.append(
-            {
-                "topic": topic,
-                "records": count.records if count is not None else None if look is None else 0,
-                "exact": count is None or count.exact,
-                "in_clickhouse": None if counts is None else counts.get(topic, 0),
-            }
-        )
+        records, exact = on_log(seen.log, topic)
+        in_clickhouse = None if seen.stored is None else seen.stored.get(topic, 0)
+        topics.append({"topic": topic, "records": records, "exact": exact, "in_clickhouse": in_clickhouse})
     return {
         "at": int(time.time() * 1000),
         "system": settings.kafka.system,
         "data_dir": str(settings.data_dir),
         "topics": topics,
         "stages": [
-            _stage(name, look.positions[name] if look is not None else None, reports)
-            | {"workers": [_worker(report) for report in reports if report["stage"] == name]}
-            for name in READS
+            _stage(stage, name) | {"workers": [_worker(report) for report in stage.reports]}
+            for name, stage in zip(READS, stages, strict=True)
         ],
         "processes": [
             {"name": name, **{key: process.get(key) for key in ("state", "pid", "port", "restarts", "started_at")}}
             for name, process in processes.items()
         ],
-        "dead_letters": letters,
-        "problems": problems,
+        "dead_letters": seen.letters,
+        "problems": [problem.model_dump() for problem in seen.problems],
     }
 
 
-async def _look(settings: "Settings", problems: list[dict[str, str]]) -> "Survey | None":
-    from aiokafka.errors import KafkaError
-
-    from streams.kafka import Kafka
-    from streams.survey import survey
-
-    try:
-        return await survey(Kafka(settings.kafka))
-    except (KafkaError, TimeoutError, OSError) as error:
-        problems.append({"service": "broker", "message": f"{broker_away(settings)}: {explain(error)}"})
-        return None
-
-
-async def _stored(
-    settings: "Settings", problems: list[dict[str, str]]
-) -> tuple[dict[str, int] | None, list[dict[str, Any]] | None]:
-    from processors.store.queries import Queries
-    from streams.errors import UnavailableError
-
-    try:
-        async with aclosing(Queries(settings.clickhouse)) as store:
-            return await store.counts(), await store.dead_letter_counts()
-    except UnavailableError as error:
-        problems.append({"service": "clickhouse", "message": f"{error}{start_hint(settings)}"})
-    return None, None
-
-
-def _stage(
-    name: str,
-    positions: "list[Position] | None",
-    reports: list[dict[str, Any]],
-    *,
-    partitions: bool = False,
-) -> dict[str, Any]:
-    ours = [report for report in reports if report["stage"] == name]
-    stage: dict[str, Any] = {
+def _stage(stage: "Stage", name: str) -> dict[str, Any]:
+    return {
         "stage": name,
-        "lag": None if positions is None else sum(p.behind.records for p in positions),
-        "exact": positions is None or all(p.behind.exact for p in positions),
-        "caught_up": None if positions is None else all(p.behind == (0, True) for p in positions),
-        "waiting_on": sorted({what for report in ours for what in report["waiting_on"]}),
+        "lag": stage.lag,
+        "exact": stage.exact,
+        "caught_up": stage.caught_up,
+        "waiting_on": list(stage.waiting_on),
     }
-    if partitions and positions is not None:
-        lives = {name: life for report in ours for name, life in report["partitions"].items()}
-        stage["partitions"] = [
-            {
-                "topic": p.partition.topic,
-                "partition": p.partition.partition,
-                "committed": p.committed,
-                "end": p.end,
-                "behind": p.behind.records,
-                "exact": p.behind.exact,
-                "waiting_on": lives.get(f"{p.partition.topic}-{p.partition.partition}", {}).get("waiting_on"),
-            }
-            for p in positions
-        ]
-    return stage
+
+
+def _partitions(stage: str, positions: "list[Position]", reports: "list[Report]") -> list[dict[str, Any]]:
+    """What `rewatch lag --json` says of the partitions of one stage."""
+    ours = [report["partitions"] for report in reports if report["stage"] == stage]
+    lives = {name: life for partitions in ours for name, life in partitions.items()}
+    return [
+        {
+            "topic": p.partition.topic,
+            "partition": p.partition.partition,
+            "committed": p.committed,
+            "end": p.end,
+            "behind": p.behind.records,
+            "exact": p.behind.exact,
+            "waiting_on": lives.get(f"{p.partition.topic}-{p.partition.partition}", {}).get("waiting_on"),
+        }
+        for p in positions
+    ]
 
 
 def supervised(data_dir: Path) -> dict[str, Any]:
@@ -213,22 +185,7 @@ def supervised(data_dir: Path) -> dict[str, Any]:
     return dict((state or {}).get("processes", {}))
 
 
-def _reports(data_dir: Path) -> list[dict[str, Any]]:
-    """What the live workers on this data directory say of themselves."""
-    import psutil
-
-    reports: list[dict[str, Any]] = []
-    for path in sorted((data_dir / "status").glob("*.json")):
-        try:
-            report = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError):  # it ended just now
-            continue
-        if psutil.pid_exists(report["pid"]) and time.time() - report["written_at"] < FRESH_S:
-            reports.append(report)
-    return reports
-
-
-def _worker(report: dict[str, Any]) -> dict[str, Any]:
+def _worker(report: "Report") -> dict[str, Any]:
     return {
         "pid": report["pid"],
         "partitions": len(report["partitions"]),

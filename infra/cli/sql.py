@@ -30,7 +30,9 @@ def register(root: typer.Typer) -> None:
 
 def sql(
     ctx: typer.Context,
-    query: Annotated[str, typer.Argument(help="One statement; it cannot write. `-` reads it from standard input.")],
+    query: Annotated[
+        str, typer.Argument(metavar="QUERY", help="One statement; it cannot write. `-` reads it from standard input.")
+    ],
     limit: Annotated[int, typer.Option(min=0, help="At most so many rows; 0 for all.")] = 1000,
     as_json: JsonFlag = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a header line.")] = False,

@@ -51,7 +51,7 @@ class AnalyzeStage:
             self.metrics.judged(event)
             log.info(
                 "judged",
-                level=event.risk_level,
+                risk_level=event.risk_level,
                 score=event.risk_score,
                 model=event.model,
                 seconds=round(event.inference_ms / 1000, 3),

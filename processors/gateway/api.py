@@ -26,7 +26,7 @@ from processors.gateway.ports import InvalidError, Source
 from processors.gateway.upload import Uploads
 
 # Proxies close a connection on which nothing came for a minute, some for half of one.
-_HEARTBEAT_S = 15.0
+HEARTBEAT_S = 15.0
 _RETRY_MS = 2000
 # Each is a connection and a queue of at most 256 KB.
 _STREAMS = 200
@@ -44,7 +44,7 @@ class Taken(BaseModel):
     """What became of an upload."""
 
     frame_id: str
-    status: str = Field(description="`accepted`, or `unchanged` where this frame was there already.")
+    status: str = Field(description="`accepted`, or `known` where this frame was there already.")
 
 
 class Serving(BaseModel):
@@ -87,10 +87,10 @@ EventId = Annotated[
 Moment = Annotated[datetime | None, Query(description="ISO 8601; without an offset it is UTC.")]
 
 
-def routes(source: Source, uploads: Uploads, *, heartbeat_s: float = _HEARTBEAT_S) -> APIRouter:
+def routes(source: Source, uploads: Uploads) -> APIRouter:
     """The API over a source."""
     api = APIRouter(redirect_slashes=False)
-    _add_events(api, source, _Streams(source, heartbeat_s))
+    _add_events(api, source, _Streams(source))
     _add_cameras(api, source)
     _add_doors(api, source, uploads)
     return api
@@ -239,9 +239,8 @@ _UPLOAD = {
 class _Streams:
     """The open streams of live events."""
 
-    def __init__(self, source: Source, heartbeat_s: float) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
-        self._heartbeat_s = heartbeat_s
         self._open = 0
 
     def open(self, after: str | None, last_event_id: str | None) -> Response:
@@ -269,7 +268,7 @@ class _Streams:
             while True:
                 if pending is None:
                     pending = asyncio.create_task(anext(events))
-                await asyncio.wait({pending}, timeout=self._heartbeat_s)
+                await asyncio.wait({pending}, timeout=HEARTBEAT_S)
                 if not pending.done():
                     yield ": still here\n\n"
                     continue

@@ -16,9 +16,10 @@ from aiokafka.errors import KafkaError
 
 from processors.gateway.models import DeadLetterCount, Health, Problem, StageHealth, TopicHealth
 from processors.store.queries import Queries, Row
+from streams import survey as surveys
 from streams.errors import UnavailableError
 from streams.kafka import Kafka
-from streams.survey import READS, Memory, Position, Survey, survey
+from streams.survey import READS, Memory, Position, Survey
 from streams.topics import STORED
 
 # A worker writes its report every second; one that is older than this by far is not at work.
@@ -71,7 +72,7 @@ async def look(
         kafka: the broker.
         stored: asks ClickHouse for records by topic and open dead letters; raises `UnavailableError`.
         data_dir: where workers of this machine say how they are.
-        memory: for whoever looks again and again; see `survey`.
+        memory: for whoever looks again and again; see `streams.survey`.
         fixes: what to do when a service (`broker`, `clickhouse`) is away, in this installation.
     """
     problems: list[Problem] = []
@@ -79,7 +80,7 @@ async def look(
 
     async def log() -> Survey | None:
         try:
-            return await survey(kafka, memory=memory)
+            return await surveys.survey(kafka, memory=memory)
         except (KafkaError, TimeoutError, OSError) as error:
             problems.append(Problem(service="broker", message=broker_away(kafka, error, fixes.get("broker", ""))))
             return None

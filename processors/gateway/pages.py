@@ -42,7 +42,7 @@ _NEARBY_LIMIT = 500
 _DAY = timedelta(days=1)
 
 # What the demo's models call themselves (infra/models): a folder and a file of these names.
-_TOYS = frozenset({"detector", "analyst", "analyst.gguf"})
+TOYS = frozenset({"detector", "analyst", "analyst.gguf"})
 
 
 class _Filter(NamedTuple):
@@ -186,8 +186,7 @@ class _Pages:
     async def pipeline(self, request: Request) -> Response:
         """How the pipeline is; never an error page, because what is away is what it shows."""
         health = await self._source.health()
-        toys = {name for name in (health.detector, health.analyst) if name in _TOYS}
-        return _page(request, "pipeline.html", health=health, toys=toys)
+        return _page(request, "pipeline.html", health=health)
 
     async def _camera(
         self,
@@ -406,6 +405,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        auto_reload=False,
     )
     made.filters |= {
         "action": words.action,
@@ -423,11 +423,15 @@ def _environment() -> Environment:
         "verdict": words.verdict,
     }
     made.globals |= {
+        "toys": TOYS,
         "spans": {name: text for name, (text, _) in SPANS.items()},
         "css": _static("app.css"),
         "script": _static("app.js"),
         "icon": _static("icon.svg"),
     }
+    # All now: an upgrade under a running gateway must not give old code new templates.
+    for name in made.list_templates():
+        made.get_template(name)
     return made
 
 

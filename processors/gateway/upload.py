@@ -4,6 +4,7 @@ The answer is ingest's own: it knows what it takes, and only it can promise that
 """
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -19,8 +20,6 @@ log = structlog.get_logger(__name__)
 # Ingest fights 30 s for a camera's place on the log (ingest.deadline_s) before it gives up, and then says so.
 _ANSWER_S = 40.0
 _CONNECT_S = 5.0
-# Answers are a line of JSON.
-_ANSWER_BYTES = 64 * 1024
 # When to come back, seconds: ingest restarts in about three, a full queue drains in one.
 _RETRY_AWAY = "5"
 _RETRY_BUSY = "1"
@@ -65,31 +64,24 @@ class Uploads:
             return _refuse(429, "too many uploads at once (gateway.max_uploads)", _RETRY_BUSY)
         self._in_hand += 1
         body = _Body(request)
-        # An answer before the end of the body says that ingest reads no further: nor is it read here.
-        loop = asyncio.get_running_loop()
+        limit = asyncio.timeout(self._timeout_s)
+        body.at_end = lambda: limit.reschedule(asyncio.get_running_loop().time() + _ANSWER_S)
         try:
-            async with asyncio.timeout(self._timeout_s) as limit:
-                body.at_end = lambda: limit.reschedule(loop.time() + _ANSWER_S)
-                answer = await self._send(request, body)
-        except TimeoutError:
-            answer = (
-                _refuse(503, f"ingest did not answer within {_ANSWER_S:g} s; sending it again is harmless", _RETRY_AWAY)
-                if body.ended
-                else _refuse(
+            async with limit:
+                return await self._send(request, body)
+        except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+            if body.cut:
+                return _refuse(400, "the connection ended before the image did", None)
+            if limit.expired() and not body.ended:
+                return _refuse(
                     408, f"the image did not arrive within {self._timeout_s:g} s (gateway.upload_timeout_s)", None
                 )
+            log.warning("upload not passed on", url=self._url, why=repr(error))
+            return _refuse(
+                503, f"ingest at {self._url} does not answer (ingest.upload); sending it again is harmless", _RETRY_AWAY
             )
-        except (aiohttp.ClientError, OSError) as error:
-            if body.cut:
-                answer = _refuse(400, "the connection ended before the image did", None)
-            else:
-                log.warning("upload not passed on", url=self._url, why=repr(error))
-                answer = _refuse(503, f"ingest at {self._url} does not answer (ingest.upload): {error!r}", _RETRY_AWAY)
         finally:
             self._in_hand -= 1
-        if not body.ended:
-            answer.headers["Connection"] = "close"
-        return answer
 
     async def _send(self, request: Request, body: "_Body") -> Response:
         headers = {name: request.headers[name] for name in _TOLD if name in request.headers}
@@ -98,7 +90,7 @@ class Uploads:
         query = request.scope["query_string"].decode("latin-1")
         url = URL(f"{self._url}?{query}" if query else self._url, encoded=True)
         async with self._client().post(url, data=body.parts(), headers=headers, allow_redirects=False) as answer:
-            data = await answer.content.read(_ANSWER_BYTES)
+            data = await answer.read()
             if answer.status in {401, 403}:
                 log.error("ingest refuses the gateway's key", url=self._url)
                 return _refuse(
@@ -143,7 +135,8 @@ class _Body:
             self.cut = True
             raise
         self.ended = True
-        self.at_end()
+        with contextlib.suppress(RuntimeError):  # the time is up at this very moment
+            self.at_end()
 
 
 def _refuse(status: int, message: str, retry_after: str | None) -> Response:

@@ -22,9 +22,6 @@ from tests.bench.figure import Figure, rate
 
 NAMES = ("faust_vs_raw",)
 PAIRS = 3
-
-# Topics of its own, as many partitions as an installation has by default.
-PARTITIONS = 16
 RECORDS = 10_000
 QUICK_RECORDS = 500
 VALUE_BYTES = 1024
@@ -65,9 +62,9 @@ async def _rate(stack: LocalStack, host: type[RawHost | FaustHost], count: int) 
     kafka: Kafka = (await kit.install(stack)).kafka
     name = secrets.token_hex(4)
     async with kafka.admin() as admin:
-        await admin.create_topics([NewTopic(f"{way}-{name}", PARTITIONS, 1) for way in ("in", "out")])
+        await admin.create_topics([NewTopic(f"{way}-{name}", kit.PARTITIONS, 1) for way in ("in", "out")])
     value = secrets.token_bytes(VALUE_BYTES)
-    emits = [Emit(f"in-{name}", b"k", value, partition=n % PARTITIONS) for n in range(count)]
+    emits = [Emit(f"in-{name}", b"k", value, partition=n % kit.PARTITIONS) for n in range(count)]
     async with kit.backlog(kafka, emits) as work:
         await work.show()
     stage = Echo(f"in-{name}", f"out-{name}")

@@ -271,3 +271,14 @@ def _trip(upload: _Upload, sightings: _Sightings, took: dict[str, list[float]]) 
         took["detector"][sightings.detector[frame]],
         took["llm"][sightings.llm[frame]],
     )
+
+
+async def _show_hops() -> None:
+    with tempfile.TemporaryDirectory(prefix="rewatch-bench-") as directory:
+        async with LocalStack(Path(directory), kafka_port=0, clickhouse_port=0) as stack:
+            for name, value in hops(await trips(stack, lambda _: None, FRAMES)).items():
+                print(f"{name:24} {value:7.1f} ms")
+
+
+if __name__ == "__main__":
+    asyncio.run(_show_hops())

@@ -171,7 +171,7 @@ def frames(camera: str) -> dict[str, tuple[Frame, str]]:
     )
     bare = replace(good, image=None)
     climbing = "../../../etc/passwd"
-    return {
+    faults = {
         "a claim to a file": (replace(bare, claim="file:///etc/passwd"), "not a claim of this store"),
         "a claim to a host": (replace(bare, claim="http://169.254.169.254/"), "not a claim of this store"),
         "a claim that climbs": (
@@ -191,6 +191,9 @@ def frames(camera: str) -> dict[str, tuple[Frame, str]]:
             replace(good, image=bomb, sha256=hashlib.sha256(bomb).hexdigest()),
             "not a readable image",
         ),
+    }
+    return {
+        fault: (replace(frame, frame_id=f"{camera}:forged {fault}"), says) for fault, (frame, says) in faults.items()
     }
 
 
@@ -215,13 +218,14 @@ def detections(camera: str) -> dict[str, tuple[Detections, str]]:
         "a box inside out": (replace(box, height=-40), "x -40.0 pixels"),
         "a class of 2 MB": (replace(box, label="x" * 2_000_000), "a name of 2,000,000 characters"),
     }
-    return {name: (replace(good, boxes=(odd,)), says) for name, (odd, says) in boxes.items()} | {
+    faults = {fault: (replace(good, boxes=(odd,)), says) for fault, (odd, says) in boxes.items()} | {
         "100,000 boxes": (replace(good, boxes=(box,) * 100_000), "100,000 boxes: a frame has 100 at most"),
         "no camera": (replace(good, camera_id=""), "without a camera"),
         "before 1970": (replace(good, arrived_at=-1), "arrived_at -1 is outside the years"),
         "captured before 1970": (replace(good, captured_at=-(2**63)), "captured_at -9223372036854775808 is outside"),
         "in the year 292,278,994": (replace(good, arrived_at=2**63 - 1), "is outside the years"),
     }
+    return {fault: (replace(seen, frame_id=f"forged {fault}"), says) for fault, (seen, says) in faults.items()}
 
 
 def batches(camera: str) -> dict[str, tuple[Batch, str]]:
@@ -240,13 +244,14 @@ def contexts(camera: str) -> dict[str, tuple[Context, str]]:
     good = Context(
         batch_id=batch.batch_id, camera_id=camera, batch=batch, camera_name=camera, time_zone="UTC", sections=()
     )
-    return {
+    faults = {
         "no frames": (replace(good, batch=replace(batch, frames=())), "a window without frames"),
         "no time zone": (replace(good, time_zone="Mars/Olympus"), "no local time in zone 'Mars/Olympus'"),
         "a time zone that climbs": (replace(good, time_zone="../../etc/passwd"), "etc/passwd"),
         "before the calendar": (replace(good, batch=replace(batch, started_at=-(2**63))), "no local time"),
         "a camera's name of 1 MB": (replace(good, camera_name="door " * 200_000), "raise llm.context_size"),
     }
+    return {fault: (replace(context, batch_id=f"forged {fault}"), says) for fault, (context, says) in faults.items()}
 
 
 def _batch(camera: str) -> Batch:

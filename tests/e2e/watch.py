@@ -4,11 +4,9 @@ import asyncio
 import contextlib
 import hashlib
 import io
-import itertools
 import re
 import time
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Container, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -58,8 +56,8 @@ class Watch:
         """Positions of the records that rows made unreadable."""
         self.refused: set[tuple[str, int, int]] = set()
         """Positions of the records that a stage must refuse, readable or not."""
-        moving = [_moved(shot, number / len(shots)) for number, shot in enumerate(shots)]
-        self._shots: dict[str, Iterator[bytes]] = defaultdict(lambda: itertools.cycle(moving))
+        self._shots = shots
+        self._shot = 0
         self._clock = datetime(2026, 5, 1, 22, 30, tzinfo=UTC)
         self._news = asyncio.Condition()
         self._epochs: dict[str, str] = {}
@@ -116,10 +114,13 @@ class Watch:
 
     # Doors
 
-    def good(self, camera: str) -> bytes:
-        """A good frame of the camera: a person who walks, a second after the last one."""
+    def good(self) -> bytes:
+        """A good frame: a person, a second after the last one and elsewhere (who has not moved opens no window)."""
+        self._shot += 1
         self._clock += timedelta(seconds=1)
-        return stamped(next(self._shots[camera]), self._clock)
+        # By the golden section no two of twenty frames show the same place.
+        shot = _turned(self._shots[self._shot % len(self._shots)], self._shot * 0.381966 % 1)
+        return stamped(shot, self._clock)
 
     async def upload(self, camera: str, body: bytes, **parameters: str) -> httpx.Response:
         """Upload; what is taken is held against the installation at the end."""
@@ -276,13 +277,18 @@ class Watch:
 
     async def goes_on(self, camera: str, *, judged: bool = False) -> None:
         """A good frame of the camera is detected, with `judged` its window judged too, and no process was restarted."""
-        answer = await self.upload(camera, await asyncio.to_thread(self.good, camera))
+        answer = await self.upload(camera, await asyncio.to_thread(self.good))
         assert answer.status_code == 200, answer.text
         await self.record_of("detections", frame_id=answer.json()["frame_id"])
         if judged:
             await self.end(camera)
             await self.judged(answer.json()["frame_id"])
         assert self._processes() == self._pids, "a process was restarted"
+
+    async def restart(self, *processes: str) -> None:
+        """Stop these processes in order and start them again."""
+        await asyncio.gather(*(self.installation.stack.supervisor.restart(name) for name in processes))
+        self._pids = self._processes()
 
     async def judged(self, frame_id: str) -> RiskEvent:
         """The verdict on the window that the frame is in."""
@@ -297,7 +303,7 @@ class Watch:
         """The answer to a good frame, once it is this one: what is set for a camera reaches ingest by the log."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            answer = await self.upload(camera, await asyncio.to_thread(self.good, camera))
+            answer = await self.upload(camera, await asyncio.to_thread(self.good))
             if answer.status_code == status:
                 return answer
             assert time.monotonic() < deadline, answer.text
@@ -405,8 +411,8 @@ def _sums(record: Incoming) -> tuple[str, str, list[tuple[str, str]]]:
     )
 
 
-def _moved(shot: bytes, by: float) -> bytes:
-    """The picture turned sideways by a share of its width: who stands where he stood before opens no window."""
+def _turned(shot: bytes, by: float) -> bytes:
+    """The picture turned sideways by a share of its width."""
     out = io.BytesIO()
     with Image.open(io.BytesIO(shot)) as image:
         ImageChops.offset(image, round(by * image.width), 0).save(out, "JPEG", quality=80)

@@ -21,12 +21,14 @@ _ESCAPES = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]")
 class Terminal:
     """A context manager: one command on a terminal of its own; killed at the end if it still runs."""
 
-    def __init__(self, *arguments: str, columns: int = 100, **environment: str) -> None:
+    def __init__(
+        self, *arguments: str, columns: int = 100, command: tuple[str, ...] = COMMAND, **environment: str
+    ) -> None:
         self.raw = ""
         self.code: int | None = None
         self._pid, self._file = pty.fork()
         if self._pid == 0:
-            os.execve(COMMAND[0], [*COMMAND, *arguments], os.environ | {"TERM": "xterm-256color"} | environment)
+            os.execve(command[0], [*command, *arguments], os.environ | {"TERM": "xterm-256color"} | environment)
         fcntl.ioctl(self._file, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
     def __enter__(self) -> Self:

@@ -10,7 +10,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
+from typer.testing import CliRunner
 
+from infra.cli import complete
+from infra.cli.main import app
 from infra.config import Settings, load
 from infra.local.stack import LocalStack
 from schemas.records import Frame, IngestState
@@ -84,6 +87,26 @@ def test_an_event_is_found_and_explained_to_its_frames(camera: str) -> None:
 def test_an_event_is_found_without_the_cameras_name(camera: str) -> None:
     event_id = answer("events", "ls")[0]["event_id"]
     assert answer("events", "show", event_id.split(":", 1)[1])["event_id"] == event_id
+
+
+def test_tab_offers_the_events_and_dead_letters_that_are_there(
+    camera: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(complete, "_PATIENCE_S", 10.0)  # what is asked is right; how long it may take is another test
+    monkeypatch.setenv("REWATCH_CLICKHOUSE__URL", settings.clickhouse.url)
+    [event] = answer("events", "ls")
+    [letter] = answer("dlq", "ls")
+    for line, offered in (
+        ("rewatch explain ", event["event_id"].split(":")[1]),
+        ("rewatch dlq show ", letter["origin"]),
+        ("rewatch events ls --camera ", ""),  # the story has no record of its camera
+    ):
+        bash = {
+            "_REWATCH_COMPLETE": "complete_bash",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(line.count(" ")),
+        }
+        assert CliRunner().invoke(app, [], prog_name="rewatch", env=bash).stdout.strip() == offered
 
 
 def test_events_are_filtered(camera: str) -> None:

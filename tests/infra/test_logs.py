@@ -195,7 +195,7 @@ async def test_the_id_of_an_event_finds_its_window_and_its_verdict(capsys: pytes
     assert [line.split("msg=")[1].split(" event=")[0] for line in story] == ['"window closed"', "repair", "judged"]
     assert "camera=gate" in story[0]
     assert "frames=1 closed_by=tick" in story[0]
-    assert "score=71 model=fake seconds=0.0" in story[2]
+    assert "risk_level=high score=71 model=fake seconds=0.0" in story[2]
 
 
 async def test_sixteen_idle_cameras_write_no_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -215,3 +215,30 @@ def test_a_fence_is_not_reported_twice() -> None:
     logs.to_stderr("info")
     filters = logging.getLogger("asyncio").filters
     assert filters.count(logs._not_fenced) == 1
+
+
+_LIBRARIES = """
+import logging
+from infra import logs
+
+for level in ("info", "debug"):
+    logs.to_stderr(level, "logfmt")
+    for name in ("watchfiles.main", "faust", "infra.local.supervisor", "httpx"):
+        logging.getLogger(name).info("%s says hello at %s", name, level)
+        logging.getLogger(name).warning("%s complains at %s", name, level)
+"""
+
+
+def test_libraries_say_what_is_wrong_and_the_rest_only_to_debuggers() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _LIBRARIES], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    said = [line.split('msg="')[1].split('"')[0] for line in ended.stderr.splitlines()]
+    hello = [line for line in said if "hello" in line]
+    assert hello == [
+        "infra.local.supervisor says hello at info",
+        "watchfiles.main says hello at debug",
+        "faust says hello at debug",
+        "infra.local.supervisor says hello at debug",
+    ], "never httpx: it tells addresses with passwords"
+    assert len(said) - len(hello) == 8

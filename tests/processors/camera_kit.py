@@ -61,7 +61,7 @@ async def camera(**config) -> AsyncIterator[Camera]:
     scheme = "https" if "ssl_certfile" in config else "http"
     made.url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
     server = _Server(
-        uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=0, **config),
+        uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=0, **config),
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:

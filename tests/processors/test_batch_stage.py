@@ -1,10 +1,12 @@
 """The fold of a partition: many cameras, bad records, snapshots, position."""
 
+import re
+
 import pytest
 
 from processors.batch.settings import WindowsSettings
 from processors.batch.stage import PARTITION, build
-from schemas.records import BatchState
+from schemas.records import Batch, BatchState
 from streams import codec
 from streams.errors import UnprocessableError
 from streams.messages import KIND, TICK, Tick
@@ -174,3 +176,42 @@ def test_the_largest_batch_fits_a_record():
     (emit,) = emits
     assert emit.value is not None
     assert 700_000 < len(emit.value) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        ({"boxes": (box(),) * 101}, "101 boxes: a frame has 100 at most"),
+        ({"boxes": (box(label="x" * 256),)}, "a name of 256 characters"),
+        ({"frame_id": "f" * 256}, "a name of 256 characters"),
+        ({"boxes": (box(score=float("nan")),)}, "a box of score nan"),
+        ({"boxes": (box(score=1.01),)}, "a box of score 1.01"),
+        ({"boxes": (box(float("inf")),)}, "a box at inf"),
+        ({"boxes": (box(width=-1),)}, "of -1.0 x 100.0"),
+        ({"arrived_at": -1}, "arrived_at -1 is outside"),
+        ({"captured_at": 2**62}, "captured_at 4611686018427387904 is outside"),
+    ],
+)
+def test_detections_of_no_detector_are_refused_and_change_no_window(odd, says):
+    """Taken, they would stay: 100,000 boxes in the snapshot, a clock that never comes back."""
+    fold = build(DEFAULT, lambda _camera: None).open(3, EPOCH, [])
+    fold.feed(on_log(0, person(0, 0)))
+    before = fold.moved(1)
+    with pytest.raises(UnprocessableError, match=re.escape(says)):
+        fold.feed(on_log(1, replace(person(1, 1), **odd)))
+    assert [state.camera_id for state in fold.moved(2)] == [PARTITION]
+    assert [state.resume_offset for state in before] == [0]
+    (emit,) = fold.feed(on_log(2, tick(31)))
+    assert len(codec.decode_bytes("batches", emit.value, None, Batch).frames) == 1
+
+
+@pytest.mark.parametrize(
+    "window",
+    [{"max_frames": 2**31 - 1}, {"max_frames": 0}, {"threshold": float("nan")}, {"idle_ms": -1}, {"max_ms": -1}],
+)
+def test_window_settings_that_cannot_be_give_way_to_the_default(window):
+    """Nobody can set them by the command line; a camera record on the log can have any."""
+    odd = replace(DEFAULT, **window)
+    log = log_of(*(person(second, second) for second in range(60)), tick(200))
+    ours, theirs = Host(log).run(), Host(log, settings=lambda _camera, _offset: odd).run()
+    assert theirs.batches == ours.batches

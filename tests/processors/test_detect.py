@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -180,3 +181,43 @@ def test_a_detector_service_answers_in_its_known_shape() -> None:
 def test_a_detector_service_that_is_away_is_waited_for() -> None:
     with pytest.raises(UnavailableError, match="RTDETR_URL"):
         http_detector(httpx.MockTransport(lambda _: httpx.Response(503))).detect([Image.new("RGB", (8, 8))])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sha256": "0" * 64}, "not the one that sha256 names"),
+        ({"width": 33}, "the image has 32x24 pixels, its record says 33x24"),
+        ({"image": b"other"}, "not the one that sha256 names"),
+        ({"image": None}, "neither image nor claim"),
+    ],
+)
+async def test_a_frame_that_is_not_what_it_says_cannot_be_processed(stage: DetectStage, changes, says) -> None:
+    record = as_incoming(codec.emit("frames", msgspec.structs.replace(frame(jpeg()), **changes)))
+    with pytest.raises(UnprocessableError, match=says):
+        await stage.handle(record)
+
+
+def test_frames_are_jpeg_and_nothing_else_is_opened() -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(out, "PNG")
+    with pytest.raises(UnprocessableError, match="not a readable image"):
+        decode_image(out.getvalue())
+
+
+class Allergic(FakeDetector):
+    """Fails on whatever holds an image of one pixel."""
+
+    def detect(self, images: Sequence[Image.Image]) -> list[tuple[Box, ...]]:
+        if any(image.size == (1, 1) for image in images):
+            raise RuntimeError("out of shape")
+        return super().detect(images)
+
+
+async def test_one_image_that_the_model_cannot_bear_takes_no_other_along() -> None:
+    batcher = Batcher(Allergic(), size=4, wait_s=0.05)
+    images = [Image.new("RGB", size, "white") for size in ((4, 4), (1, 1), (5, 5))]
+    good, bad, also = await asyncio.gather(*(batcher.detect(image) for image in images), return_exceptions=True)
+    await batcher.close()
+    assert isinstance(bad, RuntimeError)
+    assert [len(seen.boxes) for seen in (good, also)] == [1, 1]

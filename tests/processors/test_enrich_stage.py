@@ -1,8 +1,10 @@
 """enrich: what a context says of its camera."""
 
+import msgspec
 import pytest
 
 from processors.enrich.stage import build, context
+from schemas import ids
 from schemas.records import Batch, Camera, Context, WindowSettings
 from streams import codec
 from streams.errors import UnprocessableError
@@ -64,3 +66,16 @@ def test_a_time_zone_that_is_none_is_a_dead_letter_which_names_the_fix(zone):
 async def test_bytes_that_are_no_batch_are_a_dead_letter():
     with pytest.raises(UnprocessableError, match="Confluent"):
         await build(lambda _: None).handle(Incoming("batches", "e", 0, 0, b"k", b"nonsense", ()))
+
+
+@pytest.mark.parametrize("batch_id", ["front-door:" + "0" * 32, "b" * 1_000_000])
+def test_a_batch_under_another_name_is_a_dead_letter(batch_id):
+    with pytest.raises(UnprocessableError, match="whose name is not theirs") as caught:
+        context(msgspec.structs.replace(samples.context().batch, batch_id=batch_id), camera())
+    assert len(str(caught.value)) < 400
+
+
+def test_a_batch_without_frames_is_a_dead_letter():
+    empty = msgspec.structs.replace(samples.context().batch, frames=(), batch_id=ids.batch_id("front-door", []))
+    with pytest.raises(UnprocessableError, match="a batch of 0 frames"):
+        context(empty, camera())

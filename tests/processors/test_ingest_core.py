@@ -168,7 +168,7 @@ class TestCaptureTime:
     def test_clients_write_times_in_many_ways(self, text):
         assert core.client_time(text, UTC) == 1_793_534_400_000
 
-    @pytest.mark.parametrize("text", ["yesterday", "1793534400", "-1", "1e99", "9" * 40, "0001-01-01T00:00:00Z", "²"])
+    @pytest.mark.parametrize("text", ["yesterday", "1793534400", "-1", "1e99", "9" * 40, "9" * 5000, "0001-01-01T00:00:00Z", "²"])
     def test_a_client_time_that_is_none_is_refused(self, text):
         with pytest.raises(core.RejectedError, match="captured_at"):
             core.client_time(text, UTC)

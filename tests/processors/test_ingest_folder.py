@@ -474,3 +474,33 @@ class TestCursor:
         (tmp_path / "file").write_text("")
         with pytest.raises(UnavailableError, match=r"ingest\.folder\.cursor"):
             Cursor(tmp_path / "file/c", "log", "ingest.folder.cursor")
+
+
+async def test_a_name_that_is_not_utf_8_ends_no_watching(inbox, log):
+    """watchfiles cannot tell of such a name and ends; what comes after it must not wait for the next look around."""
+    inbox.root.mkdir(parents=True)
+    made = appenders(log, inbox.tmp_path, cameras=inbox.cameras)
+    watched = Folder(FolderSettings(root=inbox.root, stable_s=0.01, poll_s=0.05, rescan_s=3600), made)
+    stop = asyncio.Event()
+    running = asyncio.create_task(watched.run(stop))
+    odd = os.fsdecode(b"caf\xe9.jpg")
+    async with asyncio.timeout(20):
+        for count, name in enumerate(("first.jpg", odd, "second.jpg", f"again-{odd}", "last.jpg"), start=1):
+            inbox.put(f"cam/{name}", jpeg(count), age=0)
+            await log.until(count)
+        stop.set()
+        await running
+    await made.close()
+    assert inbox.names() == ["first.jpg", "caf?.jpg", "second.jpg", "again-caf?.jpg", "last.jpg"]
+
+
+async def test_what_only_looks_like_a_file_is_left_and_said(inbox, tmp_path, capsys):
+    inbox.put("cam/good.jpg", jpeg())
+    (tmp_path / "secret.jpg").write_bytes(jpeg(2))
+    (inbox.root / "cam" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    os.mkfifo(inbox.root / "cam" / "pipe.jpg")
+    await inbox.watch().sweep()
+    assert inbox.names() == ["good.jpg"]
+    said = capsys.readouterr().out
+    assert "link.jpg is no file" in said
+    assert "pipe.jpg is no file" in said

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.records import Frame
+from schemas.records import BatchState, Frame
 from streams import codec
 from streams.errors import UnprocessableError
+from streams.messages import FINGERPRINT
 from streams.topics import TOPICS
 from tests.examples import RECORDS, incoming
 
@@ -58,3 +59,25 @@ def test_without_a_fingerprint_the_current_schema_is_assumed() -> None:
 
 def test_a_stage_need_not_translate_a_decode_error() -> None:
     assert issubclass(codec.DecodeError, UnprocessableError)
+
+
+@pytest.mark.parametrize("key", [None, b"", b"back-yard", b"\xff", b"k" * 2_000_000])
+def test_a_record_under_another_key_is_none_of_its_topic(key: bytes | None) -> None:
+    with pytest.raises(codec.DecodeError, match="and b'front-door' by what it says") as caught:
+        codec.decode(incoming("frames")._replace(key=key), Frame)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_fingerprint_of_any_length_makes_a_short_message() -> None:
+    with pytest.raises(codec.DecodeError) as caught:
+        codec.decode_bytes("frames", codec.encode("frames", RECORDS["frames"])[0], bytes(2_000_000), Frame)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_stranger_s_record_is_no_state_and_a_newer_version_s_is_not_passed_over() -> None:
+    good = incoming("batch_state", headers=())
+    assert codec.decode_state(good, BatchState) == RECORDS["batch_state"]
+    for stranger in (good._replace(value=None), good._replace(value=b"garbage"), good._replace(key=b"else")):
+        assert codec.decode_state(stranger, BatchState) is None
+    with pytest.raises(codec.UnknownSchemaError, match="upgrade the reader first"):
+        codec.decode_state(good._replace(headers=((FINGERPRINT, b"8 bytes!"),)), BatchState)

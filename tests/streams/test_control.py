@@ -113,3 +113,13 @@ async def test_a_camera_has_its_own_prompt_and_a_missing_version_is_waited_for(k
     with pytest.raises(UnavailableError, match="0000") as waits:
         table.of("door")
     assert waits.value.waiting_on == "settings"
+
+
+async def test_a_pin_to_no_partition_is_skipped_and_what_held_before_holds_on(kafka: Kafka) -> None:
+    here = cameras(kafka)
+    made = await here.ensure(f"cam-{kafka.settings.system}")
+    for partition in (-1, kafka.settings.partitions, 2**31 - 1):
+        await here.table.append(structs.replace(made, partition=partition))
+    assert here.get(made.camera_id) == made
+    await here.table.append(structs.replace(made, partition=0))
+    assert here.get(made.camera_id) == structs.replace(made, partition=0)

@@ -7,10 +7,12 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
-from streams.delivery import FencedProducer, let_go
-from streams.errors import FencedError
-from streams.kafka import Kafka
-from streams.messages import Emit
+from schemas.records import DeadLetter
+from streams import codec
+from streams.delivery import DEAD_LETTER_INLINE, FencedProducer, Ownership, let_go
+from streams.errors import FencedError, UnprocessableError
+from streams.kafka import MAX_RECORD_BYTES, Kafka, KafkaSettings
+from streams.messages import REDRIVE, Emit, Incoming
 from tests.streams.conformance.harness import road
 
 pytestmark = pytest.mark.real
@@ -86,3 +88,52 @@ async def test_a_cancellation_while_letting_go_reaches_the_caller() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+HUGE = 3_900_000
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Incoming("in", "e", 0, 7, b"k", bytes(HUGE), ()),
+        Incoming("in", "e", 0, 7, b"k" * HUGE, b"", ()),
+        Incoming("in", "e", 0, 7, b"k", b"", (("x", bytes(HUGE)),)),
+        Incoming("in", "e", 0, 7, b"k", b"", ((REDRIVE, bytes(HUGE)),)),
+        Incoming("in", "e", 0, 7, b"k", bytes(DEAD_LETTER_INLINE - 200), ()),
+    ],
+    ids=["value", "key", "header", "redrive", "at the limit"],
+)
+def test_a_dead_letter_fits_its_topic_whatever_is_in_the_record(kafka_free: Ownership, record: Incoming) -> None:
+    """One that did not could never be committed, and its partition would stand still."""
+    error = UnprocessableError("m" * HUGE + "\ud83d", camera_id="c" * HUGE, detail="d" * HUGE)
+    emit = kafka_free.dead_letter(record, error, 1)
+    assert emit.size < 2_000_000
+    letter = codec.decode(Incoming(emit.topic, "e", 0, 0, emit.key, emit.value, emit.headers), DeadLetter)
+    assert letter.origin == "in:e:0:7"
+    assert letter.message.startswith("mmm")
+    if record.size < DEAD_LETTER_INLINE and not record.headers:
+        assert (letter.key, letter.value, letter.claim) == (record.key, record.value, None)
+    else:
+        assert (letter.key, letter.value, letter.headers, letter.claim) == (None, None, {}, "log:in:e:0:7")
+
+
+def test_half_a_character_in_an_error_does_not_keep_its_dead_letter_out(kafka_free: Ownership) -> None:
+    """JSON can escape half of a surrogate pair, and what an LLM says comes as JSON."""
+    record = Incoming("in", "e", 0, 7, b"k", b"", ())
+    emit = kafka_free.dead_letter(record, UnprocessableError("said \ud83d", detail='{"raw": "\ud83d"}'), 1)
+    letter = codec.decode(Incoming(emit.topic, "e", 0, 0, emit.key, emit.value, emit.headers), DeadLetter)
+    assert (letter.message, letter.detail) == ("said ?", '{"raw": "?"}')
+
+
+def test_a_result_too_large_for_its_topic_is_the_record_s_fault(kafka_free: Ownership) -> None:
+    record = Incoming("in", "e", 0, 7, b"k", b"", ())
+    half = MAX_RECORD_BYTES // 2
+    with pytest.raises(UnprocessableError, match="more than a record holds"):
+        kafka_free.derived(Emit("out", bytes(half), bytes(half)), record)
+
+
+@pytest.fixture
+def kafka_free() -> Ownership:
+    """A hold on a partition that never speaks to a broker."""
+    return Ownership(Kafka(KafkaSettings()), "toy", TopicPartition("in", 0), epoch=lambda: "e")
