@@ -173,8 +173,8 @@ async def _play(settings: Settings, footage: Footage, progress: _Progress, conso
             bar.update(task, completed=progress.taken)
     kafka = Kafka(settings.kafka)
     producer = kafka.producer()
-    await producer.start()
     try:
+        await producer.start()
         for camera in CAMERAS:
             tick = Tick(int(time.time() * 1000), camera).emit("frames")
             await producer.send_and_wait(

@@ -8,6 +8,7 @@ nothing acknowledged, on a disk that honours fsync. `kafka.bootstrap_servers` po
 import asyncio
 import base64
 import uuid
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -238,12 +239,27 @@ class Broker:
 
 
 def _jars() -> str:
-    """The class path, from jgo's cache when it has it."""
+    """The class path, from jgo's cache when it has it.
+
+    jgo downloads in place: one that was killed in the middle leaves a torn jar, which would be taken for a whole one
+    ever after. Such jars are deleted and fetched once more.
+    """
+    jars = _build(update=False)
+    torn = [jar for jar in jars if not zipfile.is_zipfile(jar)]
+    if torn:
+        for jar in torn:
+            # The cache's entry is a link to the local repository's file, which is the torn one.
+            for copy in {jar, *(Path.home() / ".m2").rglob(jar.name)}:
+                copy.unlink(missing_ok=True)
+        jars = _build(update=True)
+    return ":".join(map(str, jars))
+
+
+def _build(*, update: bool) -> list[Path]:
     try:
-        jars = jgo.build(ARTIFACTS).all_jars
+        return [Path(jar) for jar in jgo.build(ARTIFACTS, update=update).all_jars]
     except Exception as error:
         raise StartError(
             f"Apache Kafka cannot be fetched from Maven Central ({error}). Connect this machine once, "
             "or set kafka.bootstrap_servers to a broker of yours."
         ) from error
-    return ":".join(map(str, jars))

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, HTTPException, Path, Query, Request, Response
 from pydantic import BaseModel, Field
+from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import StreamingResponse
 
 from processors.gateway.auth import NEEDS_KEY
@@ -19,6 +20,7 @@ from processors.gateway.models import (
     Health,
     Label,
     Level,
+    Moment,
     NewLabel,
     Timeline,
 )
@@ -84,7 +86,9 @@ def errors(*statuses: int) -> Responses:
 EventId = Annotated[
     str, Path(min_length=1, max_length=300, description="An event's id, or a beginning of it that only one has.")
 ]
-Moment = Annotated[datetime | None, Query(description="ISO 8601; without an offset it is UTC.")]
+When = Annotated[
+    Moment | SkipJsonSchema[None], Query(description="ISO 8601; without an offset it is UTC, without a time midnight.")
+]
 
 
 def routes(source: Source, uploads: Uploads) -> APIRouter:
@@ -103,15 +107,13 @@ def _add_events(api: APIRouter, source: Source, streams: "_Streams") -> None:
     async def events(  # noqa: PLR0917 (FastAPI makes parameters of them)
         camera: Annotated[CameraId | None, Query(description="Of this camera only.")] = None,
         level: Annotated[Level | None, Query(description="Of this level, or above.")] = None,
-        since: Moment = None,
-        until: Moment = None,
+        since: When = None,
+        until: When = None,
         before: Annotated[str | None, Query(max_length=1000, description="`next` of the page before.")] = None,
         limit: Annotated[int, Query(ge=1, le=200)] = 50,
     ) -> EventList:
         """Live events, newest first, a page at a time."""
-        return await source.events(
-            camera=camera, level=level, since=_utc(since), until=_utc(until), before=before, limit=limit
-        )
+        return await source.events(camera=camera, level=level, since=since, until=until, before=before, limit=limit)
 
     @api.get(
         "/api/events/stream",
@@ -149,13 +151,17 @@ def _add_cameras(api: APIRouter, source: Source) -> None:
     @api.get("/api/cameras/{camera_id}/timeline", responses=errors(404, 422, 503))
     async def timeline(
         camera_id: Annotated[CameraId, Path()],
-        since: Annotated[datetime | None, Query(description="By default 24 hours before `until`.")] = None,
-        until: Annotated[datetime | None, Query(description="By default now. 31 days after `since` at most.")] = None,
+        since: Annotated[
+            Moment | SkipJsonSchema[None], Query(description="By default 24 hours before `until`.")
+        ] = None,
+        until: Annotated[
+            Moment | SkipJsonSchema[None], Query(description="By default now; 31 days after `since` at most.")
+        ] = None,
     ) -> Timeline:
         """What a camera did: its hours, events, gaps and labels."""
-        end = _utc(until) or datetime.now(UTC)
+        end = until or datetime.now(UTC)
         try:
-            begin = _utc(since) or end - timedelta(days=1)
+            begin = since or end - timedelta(days=1)
         except OverflowError as error:
             raise InvalidError("`until` is no time of a camera") from error
         return await source.timeline(camera_id, begin, end)
@@ -284,7 +290,3 @@ class _Streams:
                 pending.cancel()
                 await asyncio.gather(pending, return_exceptions=True)
             await events.aclose()
-
-
-def _utc(at: datetime | None) -> datetime | None:
-    return at.replace(tzinfo=UTC) if at is not None and at.tzinfo is None else at

@@ -3,14 +3,36 @@
 Times are aware, in UTC; boxes are pixels of the frame as it is stored.
 """
 
-from datetime import datetime
+import re
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 Level = Literal["low", "medium", "high", "critical"]
 Verdict = Literal["true_alarm", "false_alarm", "missed"]
 CameraId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+_ISO = re.compile(
+    r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+    r"([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9](\.[0-9]{1,6})?)?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])?)?"
+)
+
+
+def _moment(value: Any) -> Any:
+    """A time as a person or a program writes it. Numbers are none: nobody can tell seconds from milliseconds."""
+    if value is None or isinstance(value, datetime):
+        return value
+    if not isinstance(value, str) or not _ISO.fullmatch(value):
+        raise ValueError("not a time: write ISO 8601, as 2026-11-02, 2026-11-02T18:00 or 2026-11-02T18:00:00+01:00")
+    at = datetime.fromisoformat(value)
+    return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+
+
+Moment = Annotated[
+    datetime, BeforeValidator(_moment), WithJsonSchema({"type": "string", "pattern": f"^{_ISO.pattern}$"})
+]
+"""A time that is given to us: ISO 8601; without an offset it is UTC, without a time of day it is midnight."""
 
 
 class Model(BaseModel):
@@ -41,8 +63,8 @@ class NewLabel(BaseModel):
     verdict: Verdict
     event_id: str | None = Field(None, max_length=300, description="The event it is given on; names camera and span.")
     camera_id: CameraId | None = Field(None, description="With `missed`: where. Otherwise the event says it.")
-    started_at: datetime | None = Field(None, description="With `missed`: from when; without an offset it is UTC.")
-    ended_at: datetime | None = Field(None, description="With `missed`: until when; without an offset it is UTC.")
+    started_at: Moment | None = Field(None, description="With `missed`: from when; without an offset it is UTC.")
+    ended_at: Moment | None = Field(None, description="With `missed`: until when; without an offset it is UTC.")
     author: str = Field("", max_length=100)
     note: str = Field("", max_length=2000)
 

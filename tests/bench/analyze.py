@@ -208,6 +208,7 @@ async def _stage(home: kit.Installation, llm_url: str, slots: int) -> AsyncItera
                 "partitions": kafka.partitions,
             },
             "llm": {"url": llm_url, "slots": slots},
+            "metrics": {"port": 0},
         }
         config.write_text(yaml.safe_dump(settings))
         process = await asyncio.create_subprocess_exec(

@@ -179,6 +179,8 @@ def _settings(home: kit.Installation, stack: LocalStack, models: str) -> Iterato
                 "folder": {"root": str(root / "inbox")},
                 "upload": {"port": free_port(), "auto_create": True},
             },
+            "gateway": {"port": free_port()},
+            "metrics": {"port": 0},
         }
         config.write_text(yaml.safe_dump(sections))
         yield load(config), config

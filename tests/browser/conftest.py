@@ -36,15 +36,21 @@ class Visitor(NamedTuple):
         return found
 
 
-# Not for the whole session: Playwright's loop runs in this thread for as long, and async tests need it themselves.
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
+def chromium_path() -> str:
+    """This machine's Chromium; where it has none the test is skipped, or fails under CI."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         reason = "no Chromium on PATH: install the package chromium (Debian, Ubuntu, Fedora) to run these"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
+    return path
+
+
+# Not for the whole session: Playwright's loop runs in this thread for as long, and async tests need it themselves.
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    path = chromium_path()
     with sync_playwright() as playwright:
         yield from _launched(playwright, path)
 

@@ -51,6 +51,7 @@ def settings_for(directory: Path, monkeypatch: pytest.MonkeyPatch, **more: str) 
         "KAFKA__SESSION_TIMEOUT_MS": "6000",
         "INGEST__FOLDER__ROOT": str(directory / "inbox"),
         "INGEST__UPLOAD__PORT": str(free_port()),
+        "GATEWAY__PORT": str(free_port()),
         "INGEST__UPLOAD__AUTO_CREATE": "true",
         **more,
     }

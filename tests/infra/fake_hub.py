@@ -69,7 +69,9 @@ class Hub:
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         end = start + self.break_off.pop(0) if self.break_off else len(data)
-        return StreamingResponse(_pieces(data[start:end], whole=end >= len(data)), 206 if start else 200, headers=headers)
+        return StreamingResponse(
+            _pieces(data[start:end], whole=end >= len(data)), 206 if start else 200, headers=headers
+        )
 
 
 async def _pieces(data: bytes, *, whole: bool) -> AsyncIterator[bytes]:
