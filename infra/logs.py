@@ -6,6 +6,7 @@ A line is about one thing and names it by its ids: `event`, `batch`, `frame`, `c
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal, TextIO
 
@@ -46,6 +47,8 @@ def to_stderr(level: int | str, style: Style = "auto", *, stage: str = "", secre
     """
     if isinstance(level, str):
         level = logging.getLevelNamesMapping()[level.upper()]
+    # Pillow doubts an image's EXIF tag by tag, and a hostile image has 20,000: 4 MB of log. It is taken or rejected.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     chain = _chain(style, stage, Masks(secrets))
     _to_structlog(logging.getLogger(), level, chain)
     structlog.configure(

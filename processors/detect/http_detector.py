@@ -1,6 +1,7 @@
 """A detector service over HTTP: POST /detect/batch, as the API that clients of RT-DETR services already speak."""
 
 import io
+import math
 from collections.abc import Sequence
 
 import httpx
@@ -57,15 +58,14 @@ def _boxes(detections: list[dict[str, object]]) -> tuple[Box, ...]:
     for detection in detections:
         box = detection["bbox"]
         score = float(detection["confidence"])  # type: ignore[arg-type]
+        # Written so that NaN is refused. Percents would be: a service that says so is set up wrongly, for every frame.
+        if not 0 <= score <= 1:
+            raise ValueError(f"confidence {score} is not between 0 and 1")
         if score >= MIN_SCORE and isinstance(box, dict):
+            x, y, width, height = (float(box[side]) for side in ("x", "y", "width", "height"))
+            if not all(map(math.isfinite, (x, y, width, height))):
+                raise ValueError(f"a box at {x}, {y} of {width} x {height}")
             found.append(
-                Box(
-                    label=str(detection["class"]),
-                    score=round(score, 4),
-                    x=float(box["x"]),
-                    y=float(box["y"]),
-                    width=float(box["width"]),
-                    height=float(box["height"]),
-                ),
+                Box(label=str(detection["class"]), score=round(score, 4), x=x, y=y, width=width, height=height)
             )
     return tuple(sorted(found, key=lambda box: -box.score)[:MAX_BOXES])

@@ -155,7 +155,7 @@ def exif_time(original: str, offset: str, subsec: str, zone: ZoneInfo) -> int | 
     """DateTimeOriginal, OffsetTimeOriginal and SubSecTimeOriginal as ms since the Unix epoch (EXIF 2.31, 4.6.5).
 
     Without an offset it is local time of the zone; of an hour that the clocks repeat, the first one. None where
-    the camera wrote blanks, zeros or nonsense.
+    the camera wrote blanks, zeros, nonsense or a time before 1970.
     """
     try:
         at = datetime.strptime(original.strip("\0 "), "%Y:%m:%d %H:%M:%S")  # noqa: DTZ007 (the zone comes below)
@@ -166,7 +166,7 @@ def exif_time(original: str, offset: str, subsec: str, zone: ZoneInfo) -> int | 
         if match:
             sign, hours, minutes = match.groups()
             tz = timezone((-1 if sign == "-" else 1) * timedelta(hours=int(hours), minutes=int(minutes)))
-        return _ms(at.replace(tzinfo=tz), fraction)
+        return _in_calendar(_ms(at.replace(tzinfo=tz), fraction))
     except (ValueError, OverflowError):
         return None
 
@@ -406,9 +406,14 @@ def _named_time(groups: dict[str, str], zone: ZoneInfo) -> int | None:
         at = datetime(year + 2000 if year < 100 else year, month, day, hour, minute, second, tzinfo=zone)
         if "offset" in groups:
             at = at.replace(tzinfo=datetime.fromisoformat(f"2000-01-01T00:00{groups['offset']}").tzinfo)
-        return _ms(at, fraction)
+        return _in_calendar(_ms(at, fraction))
     except (ValueError, OverflowError):
         return None
+
+
+def _in_calendar(at: int) -> int | None:
+    """The time, unless it is outside the years 1970 to 9999: a clock that was never set."""
+    return at if 0 <= at <= _LAST_MS else None
 
 
 def _ms(at: datetime, fraction: float = 0.0) -> int:

@@ -110,6 +110,12 @@ async def test_a_picture_in_the_folder(here: Watch, name: str) -> None:
     assert not (inbox / file).exists()
 
 
+async def test_a_hostile_picture_fills_no_log(here: Watch) -> None:
+    """Pillow has a word to say of each of 20,000 EXIF entries."""
+    for process in ("ingest", "detect"):
+        assert not here.said(process, "Skipping tag")
+
+
 # The folder alone
 
 

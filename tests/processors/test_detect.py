@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import io
+import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -181,6 +183,17 @@ def test_a_detector_service_answers_in_its_known_shape() -> None:
 def test_a_detector_service_that_is_away_is_waited_for() -> None:
     with pytest.raises(UnavailableError, match="RTDETR_URL"):
         http_detector(httpx.MockTransport(lambda _: httpx.Response(503))).detect([Image.new("RGB", (8, 8))])
+
+
+@pytest.mark.parametrize(
+    "odd", [{"confidence": 97}, {"confidence": math.nan}, {"bbox": {"x": math.inf, "y": 1, "width": 1, "height": 1}}]
+)
+def test_a_detector_service_that_answers_nonsense_is_waited_for(odd: dict[str, object]) -> None:
+    """Every frame would be refused for it: whoever set it up must hear of it first."""
+    box = {"class": "dog", "confidence": 0.7, "bbox": {"x": 1, "y": 2, "width": 3, "height": 4}} | odd
+    answer = httpx.Response(200, content=json.dumps({"results": [{"detections": [box]}]}))
+    with pytest.raises(UnavailableError, match="RTDETR_URL"):
+        http_detector(httpx.MockTransport(lambda _: answer)).detect([Image.new("RGB", (8, 8))])
 
 
 @pytest.mark.parametrize(

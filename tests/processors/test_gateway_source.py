@@ -16,7 +16,8 @@ from schemas import ids, records
 from schemas.records import Label as LabelRecord
 from streams import codec
 from streams.claims import ClaimStore
-from streams.errors import UnavailableError
+from streams.delivery import FencedProducer
+from streams.errors import UnavailableError, UncertainError
 from streams.kafka import Kafka
 from streams.topics import partition_of
 from tests.conftest import PARTITIONS
@@ -292,6 +293,30 @@ async def test_a_label_is_on_the_log_once_and_seen_at_once(mine: Settings, sourc
     await source.label(NewLabel(verdict="true_alarm", event_id=event_id(made)))
     assert (await source.events()).events[0].label == "true_alarm"
     assert len(await labels_on_the_log(mine, name)) == 2
+
+
+@pytest.mark.parametrize("committed", [True, False])
+async def test_a_label_whose_fate_was_unknown_is_on_the_log_once(
+    mine: Settings, source: StoredSource, monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    name = f"cam-{ids.digest(mine.clickhouse.database)[:8]}"
+    await kit.store(mine, made := window(name, AT))
+    tries = 0
+
+    class Unsure(FencedProducer):
+        async def transact(self, emits, **options):
+            nonlocal tries
+            tries += 1
+            if tries > 1:
+                return await super().transact(emits, **options)
+            if committed:
+                await super().transact(emits, **options)
+            raise UncertainError("no answer")
+
+    monkeypatch.setattr("processors.gateway.labels.FencedProducer", Unsure)
+    given = await source.label(NewLabel(verdict="true_alarm", event_id=event_id(made)))
+    assert [label.label_id for label in await labels_on_the_log(mine, name)] == [given.label_id]
+    assert tries == (1 if committed else 2)
 
 
 async def test_labels_given_at_once_are_all_there(mine: Settings, source: StoredSource) -> None:

@@ -123,7 +123,18 @@ class TestCaptureTime:
     def test_of_an_hour_that_comes_twice_the_first(self):
         assert core.exif_time("2026:10:25 02:30:00", "", "", BERLIN) == 1_792_888_200_000
 
-    @pytest.mark.parametrize("text", ["", "0000:00:00 00:00:00", "    :  :     :  :  ", "2026:13:01 00:00:00", "x"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "0000:00:00 00:00:00",
+            "    :  :     :  :  ",
+            "2026:13:01 00:00:00",
+            "1969:12:31 23:59:59",
+            "0001:01:01 00:00:00",
+            "x",
+        ],
+    )
     def test_a_camera_without_a_clock_gives_none(self, text):
         assert core.exif_time(text, "", "", UTC) is None
 
@@ -168,7 +179,9 @@ class TestCaptureTime:
     def test_clients_write_times_in_many_ways(self, text):
         assert core.client_time(text, UTC) == 1_793_534_400_000
 
-    @pytest.mark.parametrize("text", ["yesterday", "1793534400", "-1", "1e99", "9" * 40, "9" * 5000, "0001-01-01T00:00:00Z", "²"])
+    @pytest.mark.parametrize(
+        "text", ["yesterday", "1793534400", "-1", "1e99", "9" * 40, "9" * 5000, "0001-01-01T00:00:00Z", "²"]
+    )
     def test_a_client_time_that_is_none_is_refused(self, text):
         with pytest.raises(core.RejectedError, match="captured_at"):
             core.client_time(text, UTC)
