@@ -46,9 +46,10 @@ class Summaries:
         ]
 
     async def _read(self, event_ids: Sequence[str]) -> dict[str, EventSummary]:
-        rows = await self._reads.summaries(event_ids)
-        batch_ids = [row["batch_id"] for row in rows.values()]
-        names, covers = await asyncio.gather(self._reads.names(batch_ids), self._reads.covers(batch_ids))
+        batch_ids = [event_id.rsplit(":", 1)[0] for event_id in event_ids]  # see schemas.ids.event_id
+        rows, names, covers = await asyncio.gather(
+            self._reads.summaries(event_ids), self._reads.names(batch_ids), self._reads.covers(batch_ids)
+        )
         made = {event_id: _summary(row, names.get(row["batch_id"]), covers) for event_id, row in rows.items()}
         for event_id, row in rows.items():
             # The sink brings topics side by side: what is not there yet may come.

@@ -33,7 +33,7 @@ AIM = 0.95
 
 # 15 ms an image with the demo's detector, 600 ms with RT-DETRv2 R18 at 640 x 640, on two cores.
 PAIRS, IMAGES = 6, 320
-R18_PAIRS, R18_IMAGES = 2, 16
+R18_PAIRS, R18_IMAGES = 3, 16
 
 SETTINGS = DetectorSettings()  # batches of 8, as many threads as torch takes
 

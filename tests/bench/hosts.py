@@ -22,7 +22,7 @@ from tests.bench.figure import Figure, rate
 
 NAMES = ("faust_vs_raw",)
 PAIRS = 3
-RECORDS = 10_000
+RECORDS = 40_000
 QUICK_RECORDS = 500
 VALUE_BYTES = 1024
 

@@ -21,7 +21,7 @@ async def test_the_benchmark_runs(name: str, stack: LocalStack) -> None:
     assert {figure.name for figure in figures} <= set(benchmark.NAMES)
     assert all(figure.value > 0 and figure.baseline > 0 and figure.ratio > 0 for figure in figures)
     assert seen == sorted(seen)
-    assert seen[-1] == pytest.approx(1.0)
+    assert 0 < seen[-1] <= 1
 
 
 def test_every_figure_has_a_name_of_its_own_and_a_line_in_the_readme() -> None:
