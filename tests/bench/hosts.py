@@ -1,4 +1,4 @@
-"""Records a second through the two hosts: 1 KB in, 1 KB out, transactional, the clock running from the first record.
+"""Records a second through the two hosts: 1 KB in, 1 KB out, transactional.
 
 The Faust host against the raw one: what the project's stream framework costs a stage that does nothing else. It is
 shown without an aim; it tells which stages should take the raw host.
@@ -36,10 +36,8 @@ class Echo:
     def __init__(self, source: str, target: str) -> None:
         self.inputs: tuple[str, ...] = (source,)
         self.outputs: tuple[str, ...] = (target,)
-        self.first_at = 0.0
 
     async def handle(self, record: Incoming) -> Sequence[Emit]:
-        self.first_at = self.first_at or time.perf_counter()
         return [Emit(self.outputs[0], record.key or b"", record.value)]
 
     async def close(self) -> None:
@@ -64,16 +62,22 @@ async def _rate(stack: LocalStack, host: type[RawHost | FaustHost], count: int) 
     async with kafka.admin() as admin:
         await admin.create_topics([NewTopic(f"{way}-{name}", kit.PARTITIONS, 1) for way in ("in", "out")])
     value = secrets.token_bytes(VALUE_BYTES)
-    emits = [Emit(f"in-{name}", b"k", value, partition=n % kit.PARTITIONS) for n in range(count)]
-    async with kit.backlog(kafka, emits) as work:
-        await work.show()
-    stage = Echo(f"in-{name}", f"out-{name}")
-    running: Any = host(kafka, stage, epochs=lambda _: "epoch")
+
+    def records(number: int) -> list[Emit]:
+        return [Emit(f"in-{name}", b"k", value, partition=n % kit.PARTITIONS) for n in range(number)]
+
+    running: Any = host(kafka, Echo(f"in-{name}", f"out-{name}"), epochs=lambda _: "epoch")
     stop = asyncio.Event()
     task = asyncio.create_task(running.run(stop))
     try:
-        await kit.reached(running.workers.liveness, work.positions)
-        return count / (time.perf_counter() - stage.first_at)
+        async with kit.backlog(kafka, records(kit.PARTITIONS)) as warm_up:
+            await warm_up.show()
+            await kit.reached(running.workers.liveness, warm_up.positions)
+        async with kit.backlog(kafka, records(count)) as work:
+            await work.show()
+            began = time.perf_counter()
+            await kit.reached(running.workers.liveness, work.positions)
+            return count / (time.perf_counter() - began)
     finally:
         stop.set()
         await task
