@@ -32,8 +32,8 @@ check: .venv/.ready ## Lint, types, import contracts, schema compatibility
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m schemas.compatibility
 
-bench: .venv/.ready ## Ratios of speed against a stated baseline
-	@$(BIN)/python -m tests.bench.hosts
+bench: .venv/.ready ## Ratios of speed against stated baselines, into bench.json; twelve minutes
+	@$(BIN)/python -m tests.bench
 
 lock: .venv/.ready ## Pin the newest versions that fit pyproject.toml
 	@$(BIN)/uv pip compile -q -U --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --extra dev pyproject.toml -o requirements.lock
