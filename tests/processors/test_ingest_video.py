@@ -7,6 +7,7 @@ import threading
 import time
 from fractions import Fraction
 
+import av
 import pytest
 from PIL import Image
 
@@ -163,13 +164,15 @@ async def test_frames_before_the_break_are_kept_and_the_break_is_said(log, tmp_p
 
 async def test_frames_after_broken_ones_are_taken(log, tmp_path):
     path = record(tmp_path / "broken.mkv", frames=100, size=(320, 240))
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2 : len(data) // 2 + 30] = bytes(30)
-    path.write_bytes(data)
+    with av.open(str(path)) as container:
+        packet = bytes(list(container.demux(video=0))[50])
+    data = path.read_bytes()
+    assert data.count(packet) == 1
+    path.write_bytes(data.replace(packet, bytes(len(packet))))
     progress = await played(log, tmp_path, path, 25)
     assert progress.fault == "1 of its packets could not be decoded"
-    assert progress.accepted == 99
-    assert positions(log)[-1] == 3.96
+    assert 90 <= progress.accepted <= 99  # those that refer to it are lost with it, up to the next key frame
+    assert positions(log)[-1] >= 3.9
 
 
 async def test_what_is_no_video_is_said(log, tmp_path):
