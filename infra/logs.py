@@ -5,6 +5,7 @@ A line is about one thing and names it by its ids: `event`, `batch`, `frame`, `c
 """
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -18,6 +19,9 @@ from structlog.typing import EventDict, Processor
 from infra.masks import Masks
 
 Style = Literal["auto", "console", "logfmt", "json"]
+
+# C0 and C1 but the tab and the end of a line, which tracebacks have.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 # What a reader looks for first.
 _ORDER = ("timestamp", "level", "msg", "stage", "event", "batch", "frame", "camera")
@@ -70,7 +74,8 @@ def _chain(style: Style, stage: str, masks: Masks) -> list[Processor]:
         return line
 
     def masked(_logger: Any, _method: str, line: EventDict) -> EventDict:
-        return {key: masks.value(value) for key, value in line.items()}
+        known = ((key, masks.value(value)) for key, value in line.items())
+        return {key: value if style == "json" else _harmless(value) for key, value in known}  # JSON has its own way
 
     def ordered(_logger: Any, _method: str, line: EventDict) -> EventDict:
         return {key: line[key] for key in (*(k for k in _ORDER if k in line), *(k for k in line if k not in _ORDER))}
@@ -90,6 +95,11 @@ def _chain(style: Style, stage: str, masks: Masks) -> list[Processor]:
         ordered,
         renderers[style],
     ]
+
+
+def _harmless(value: Any) -> Any:
+    """Text without characters that steer a terminal: file names and cameras' words come from strangers."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], value) if isinstance(value, str) else value
 
 
 def _logfmt(logger: Any, method: str, line: EventDict) -> str:

@@ -8,8 +8,9 @@ from pydantic import BaseModel, Secret, SecretStr
 
 MASK = "(set, not shown)"
 
-# What stands between the scheme and the host of an address: user and password.
-_CREDENTIALS = re.compile(r"(\w://)[^/@\s]+@")
+# What stands between the scheme and the host of an address: user and password, to the last @ before the path, since
+# a password that was written as it is may hold one.
+_CREDENTIALS = re.compile(r"(\w://)[^/?#\s]+@")
 
 # A shorter secret would be found in ordinary words.
 _SHORTEST = 4

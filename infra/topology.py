@@ -13,6 +13,7 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from infra.config import Settings
+from infra.local.supervisor import running
 from infra.models import library
 from schemas.records import TopicMeta
 from streams.admin import ensure_topics, epochs_of
@@ -118,6 +119,16 @@ def fixes(settings: Settings) -> dict[str, str]:
     }
 
 
+def expected(settings: Settings) -> dict[str, str]:
+    """What `rewatch up` runs of this product here now, but the gateway, and where each logs; not what still starts."""
+    return {
+        stage: process["log"]
+        for name, process in running(settings.data_dir).items()
+        if (stage := name.partition("-")[0]) in {"ingest", *STAGES}
+        and (process["state"] in {"ready", "backing off", "failed"} or process["restarts"])
+    }
+
+
 def gateway(settings: Settings, kafka: Kafka, known: Cameras, status: Path, endpoint: Endpoint) -> "Gateway":
     """The web door with the parts that the settings choose."""
     from processors.gateway.service import Service, build_source
@@ -125,7 +136,14 @@ def gateway(settings: Settings, kafka: Kafka, known: Cameras, status: Path, endp
 
     upload = settings.ingest.upload
     source = build_source(
-        kafka, settings.clickhouse, known, ClaimStore(settings.images_root), settings.data_dir, fixes=fixes(settings)
+        kafka,
+        settings.clickhouse,
+        known,
+        ClaimStore(settings.images_root),
+        settings.data_dir,
+        fixes=fixes(settings),
+        expected=lambda: expected(settings),
+        toys=library.demo_digests(),
     )
     uploads = Uploads(
         settings.gateway.ingest_url or upload.url,

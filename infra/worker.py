@@ -10,12 +10,16 @@ import signal
 import sys
 from pathlib import Path
 
+import structlog
+
 from infra import logs, topology
 from infra.config import ConfigError, Settings, load
 from infra.masks import secrets_of
 from processors.detect.settings import ModelError
 from streams.admin import TopicsError
 from streams.serving import SettingsError
+
+log = structlog.get_logger(__name__)
 
 
 def stop_event() -> asyncio.Event:
@@ -45,7 +49,7 @@ async def work(
 
 
 def main() -> int:
-    """Parse, run, and return the exit code: 2 where the settings are to blame."""
+    """Parse, run, and return the exit code: 2 where the settings are to blame, 1 where something else ended it."""
     parser = argparse.ArgumentParser(prog="python -m infra.worker", description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=topology.PROCESSES)
     parser.add_argument("--config", type=Path)
@@ -58,6 +62,9 @@ def main() -> int:
     except (ConfigError, TopicsError, SettingsError, ModelError) as error:
         print(f"settings: {error}", file=sys.stderr)
         return 2
+    except Exception:  # Python's own way would show the secrets that the traceback may hold
+        log.exception("ended by an error that nobody expected")
+        return 1
     return 0
 
 

@@ -255,7 +255,7 @@ class Ownership:
             producer, self._producer = self._producer, None
             await producer.close()
 
-    def dead_letter(self, record: Incoming, error: Exception, attempt: int) -> Emit:
+    def dead_letter(self, record: Incoming, error: BaseException, attempt: int) -> Emit:
         """The dead letter of a record that this stage cannot process."""
         known = error if isinstance(error, UnprocessableError) else None
         inline = record.size + size_of(record.headers) <= DEAD_LETTER_INLINE

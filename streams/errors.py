@@ -26,3 +26,12 @@ class FencedError(Exception):
 
 class UncertainError(Exception):
     """A transaction's outcome is unknown: fence ourselves, read the position, and see."""
+
+
+def explain(error: BaseException) -> str:
+    """One line about an error of others, for people: its class says more than nothing."""
+    name = type(error).__name__
+    first = next(iter(str(error).strip().splitlines()), "")
+    if not first or first.startswith(name):  # aiokafka's errors name themselves
+        return first or name
+    return f"{name}: {first}"

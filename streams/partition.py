@@ -28,7 +28,7 @@ from streams.stages import Fold, FoldStage, MapStage, Range, RangeStage, Stage
 
 log = structlog.get_logger(__name__)
 
-# A partition stops fetching at either: 16 partitions of a stage then hold at most 128 MB.
+# A partition stops fetching at either: what waits of 16 partitions of a stage then has at most 128 MB.
 BUFFER_RECORDS = 1000
 BUFFER_BYTES = 8 * 1024 * 1024
 
@@ -38,6 +38,10 @@ _COMMIT_BYTES = 2 * 1024 * 1024
 
 # Records of a partition that a map stage has taken at once, a transaction's worth. It works on `concurrency` of them.
 _WINDOW = _COMMIT_RECORDS
+
+# Bytes of them and of their results: behind one slow record all the others may be done. A buffer's worth is 128 frames
+# of 64 KB. It begins no other record when the results alone are as large.
+_WINDOW_BYTES = BUFFER_BYTES
 
 # Results may wait for those of other records in work, a tenth longer than they took: a backlog's transactions then are
 # fewer and larger, and a lone record's never waits. With a model that is quick (80 ms), a transaction for each result
@@ -247,7 +251,7 @@ async def _map(worker: PartitionWorker, stage: MapStage) -> None:
     due: float | None = None
     try:
         while True:
-            while len(running) < _WINDOW and (record := worker.buffer.take()) is not None:
+            while len(running) < _WINDOW and not hands.full and (record := worker.buffer.take()) is not None:
                 running.append(_InHand(record, hands.give(record), time.monotonic()))
             worker.life.hold(len(worker.buffer))
             if not running or not running[0].results.done():
@@ -260,14 +264,16 @@ async def _map(worker: PartitionWorker, stage: MapStage) -> None:
                 continue
             due = None
             emits: list[Emit] = []
-            done = size = 0
-            while running and running[0].results.done() and done < _COMMIT_RECORDS and size < _COMMIT_BYTES:
+            done = taken = made = 0
+            while running and running[0].results.done() and done < _COMMIT_RECORDS and made < _COMMIT_BYTES:
                 record, results, _ = running.popleft()
                 emits += results.result()
-                size += sum([len(emit.value or b"") for emit in results.result()])
+                made += _size(results.result())
+                taken += record.size
                 next_offset = record.offset + 1
                 done += 1
             await worker.commit(emits, next_offset)
+            hands.free(taken, made)
     finally:
         await hands.let_go()
 
@@ -286,7 +292,7 @@ class _Hands:
 
     A task for each record would cost more than what most stages do with one. A task takes the next record when it is
     done with one, and calls for another task before it begins, in case it must wait: a stage that never waits has
-    but two. More tasks than slots would only queue up there, before those of other partitions.
+    one more each turn. More tasks than slots would only queue up there, before those of other partitions.
     """
 
     def __init__(self, worker: PartitionWorker, stage: MapStage) -> None:
@@ -295,24 +301,44 @@ class _Hands:
         self._todo: deque[tuple[Incoming, asyncio.Future[list[Emit]]]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._called = False
+        self._taken = 0
+        self._made = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether records and results together are as large as they may become."""
+        return self._taken + self._made >= _WINDOW_BYTES
 
     def give(self, record: Incoming) -> "asyncio.Future[list[Emit]]":
         """Work on the record; the future has its results."""
         results: asyncio.Future[list[Emit]] = asyncio.get_running_loop().create_future()
         self._todo.append((record, results))
+        self._taken += record.size
         self._call()
         return results
 
+    def free(self, taken: int, made: int) -> None:
+        """So many bytes of records, and of their results, are out of hand."""
+        self._taken -= taken
+        self._made -= made
+        self._call()
+
     async def let_go(self) -> None:
-        """Cancel what runs, and wait for its end."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Cancel what runs, and wait for its end; whoever swallows that is told again, and gets no other record."""
+        self._todo.clear()
+        while running := [task for task in self._tasks if not task.done()]:
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running, timeout=1)
+
+    @property
+    def _more(self) -> bool:
+        """Whether to begin another record. The first in order has been begun when there are results."""
+        return bool(self._todo) and self._made < _WINDOW_BYTES
 
     def _call(self) -> None:
         """One task more, unless one is on its way, or there are enough."""
-        if self._todo and not self._called and len(self._tasks) < self._stage.concurrency:
+        if self._more and not self._called and len(self._tasks) < self._stage.concurrency:
             self._called = True
             self._tasks.add(asyncio.create_task(self._work()))
 
@@ -320,11 +346,13 @@ class _Hands:
         self._called = False
         done = 0
         try:
-            while self._todo:
+            while self._more:
                 record, results = self._todo.popleft()
                 self._call()
                 try:
-                    results.set_result(await _handle(self._worker, self._stage, record))
+                    made = await _handle(self._worker, self._stage, record)
+                    self._made += _size(made)
+                    results.set_result(made)
                 except Exception as error:  # noqa: BLE001 (whoever takes the results gets it)
                     results.set_exception(error)
                 self._worker.buffer.wake.set()
@@ -355,7 +383,11 @@ async def _handle(worker: PartitionWorker, stage: MapStage, record: Incoming) ->
         except UnavailableError as error:
             worker.life.waiting_on = error.waiting_on
             log.warning("waiting", **worker.where, offset=record.offset, on=error.waiting_on, why=str(error))
-        except Exception as error:  # an unknown failure is kept as a dead letter, never lost
+        # An unknown failure is kept as a dead letter, never lost. A cancellation that nobody sent us is one too: a
+        # library's own, which escaped it.
+        except (Exception, asyncio.CancelledError) as error:
+            if _told_to_end():
+                raise
             attempt += 1
             log.exception("unexpected", **worker.where, offset=record.offset, origin=record.origin, attempt=attempt)
             if attempt >= _ATTEMPTS:
@@ -363,6 +395,16 @@ async def _handle(worker: PartitionWorker, stage: MapStage, record: Incoming) ->
                 return [worker.ownership.dead_letter(record, error, attempt)]
         await asyncio.sleep(pause * random.uniform(0.5, 1.5))
         pause = min(pause * 2, 10.0)
+
+
+def _told_to_end() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _size(emits: Sequence[Emit]) -> int:
+    """Bytes of the values."""
+    return sum([len(emit.value or b"") for emit in emits])
 
 
 async def _fold(worker: PartitionWorker, stage: FoldStage) -> None:

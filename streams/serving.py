@@ -85,9 +85,13 @@ class EndpointSettings(BaseModel):
         """Whether a request with these headers carries the key, or none is asked for."""
         if self.api_key is None:
             return True
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else "")
-        return hmac.compare_digest(given.encode(), self.api_key.get_secret_value().encode())
+        return hmac.compare_digest(key_in(headers).encode(), self.api_key.get_secret_value().encode())
+
+
+def key_in(headers: Mapping[str, str]) -> str:
+    """The key that a request with these headers carries, right or wrong; empty where it carries none."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else "")
 
 
 class _Server(uvicorn.Server):
@@ -142,8 +146,14 @@ def listen(settings: EndpointSettings) -> socket.socket:
     """The endpoint's socket, bound and listening.
 
     Raises:
-        SettingsError: the address or port cannot be had.
+        SettingsError: the address or port cannot be had, or the certificate or its key cannot be used.
     """
+    # Here, where nothing runs yet: beside other tasks the error would come wrapped in their group's.
+    if settings.with_tls:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert_path or "", settings.tls_key_path)
+        except (OSError, ssl.SSLError) as error:
+            raise SettingsError(f"{settings.section}.tls_cert_path or .tls_key_path cannot be used: {error}") from error
     host = settings.host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -166,7 +176,6 @@ async def serve(
 
     Raises:
         RuntimeError: the server ended by itself.
-        SettingsError: the certificate or its key cannot be used.
     """
     config = uvicorn.Config(
         app,
@@ -180,10 +189,7 @@ async def serve(
         ssl_certfile=settings.tls_cert_path if settings.with_tls else None,
         ssl_keyfile=settings.tls_key_path if settings.with_tls else None,
     )
-    try:
-        config.load()
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"{settings.section}.tls_cert_path or .tls_key_path cannot be used: {error}") from error
+    config.load()
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion[f"TLSv{settings.tls_min_version.replace('.', '_')}"]
     server = _Server(config)

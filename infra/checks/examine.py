@@ -7,7 +7,7 @@ from typing import Any, get_args
 from infra.checks import machine, models, services, work
 from infra.checks.check import PATIENCE_S, Check, Context, Status
 from infra.config import Settings
-from infra.local.supervisor import read_state
+from infra.local.supervisor import running
 
 CHECKS: dict[str, Callable[[Context], Coroutine[Any, Any, list[Check]]]] = {
     "versions": machine.versions,
@@ -33,7 +33,7 @@ CHECKS: dict[str, Callable[[Context], Coroutine[Any, Any, list[Check]]]] = {
 
 async def examine(settings: Settings) -> list[Check]:
     """Every check's answers, what is worst first."""
-    context = Context(settings, await asyncio.to_thread(_supervised, settings))
+    context = Context(settings, await asyncio.to_thread(running, settings.data_dir))
     found = await asyncio.gather(*(_guarded(name, check(context)) for name, check in CHECKS.items()))
     order = get_args(Status)
     return sorted((check for group in found for check in group), key=lambda check: order.index(check.status))
@@ -47,12 +47,3 @@ async def _guarded(name: str, check: Awaitable[list[Check]]) -> list[Check]:
     except Exception as error:  # noqa: BLE001 (a doctor reports what he meets, and goes on with the rest)
         found = f"{type(error).__name__}: {error}"
         return [Check(name, "failed", found, "`rewatch --verbose doctor` says more; report this if it does not help")]
-
-
-def _supervised(settings: Settings) -> dict[str, Any]:
-    """What runs here; nothing where the data directory cannot be read, which a check names."""
-    try:
-        state = read_state(settings.data_dir)
-    except OSError:
-        return {}
-    return dict((state or {}).get("processes", {}))

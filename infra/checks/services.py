@@ -13,7 +13,7 @@ from processors.analyze.llm import OpenAiLlm
 from processors.detect.settings import DetectorSettings
 from processors.store.queries import Queries
 from schemas.migrations import MigrationError
-from streams.errors import UnavailableError
+from streams.errors import UnavailableError, explain
 from streams.kafka import Kafka
 from streams.topics import TOPICS
 
@@ -35,7 +35,7 @@ async def broker(context: Context) -> list[Check]:
             described = await admin.describe_topics(names) if names else []
     except (KafkaError, OSError, TimeoutError) as error:
         fix = "start the broker, or correct kafka.bootstrap_servers (and kafka.security_protocol, kafka.sasl_*)"
-        return [Check("broker", "failed", f"{where}: {_explain(error)}", fix)]
+        return [Check("broker", "failed", f"{where}: {explain(error)}", fix)]
     brokers = len(cluster["brokers"])
     checks = [Check("broker", "ok", f"{where}, {brokers} broker{'s' * (brokers != 1)}")]
     if settings.kafka.replication_factor > brokers:
@@ -148,14 +148,8 @@ async def _detector_service(settings: DetectorSettings, url: str) -> Check:
         async with httpx.AsyncClient(timeout=PATIENCE_S, trust_env=False) as client:
             answer = await client.get(f"{url}/health", headers={"Authorization": f"Bearer {key}"} if key else {})
     except httpx.HTTPError as error:
-        return Check("detector", "failed", f"{url}: {_explain(error)}", "start it, or correct detector.url")
+        return Check("detector", "failed", f"{url}: {explain(error)}", "start it, or correct detector.url")
     if not answer.is_success:
         fix = "look at its log; set detector.api_key (RTDETR_API_KEY) where it asks for one"
         return Check("detector", "failed", f"{url}: HTTP {answer.status_code}", fix)
     return Check("detector", "ok", url)
-
-
-def _explain(error: BaseException) -> str:
-    name = type(error).__name__
-    first = next(iter(str(error).strip().splitlines()), "")
-    return (first or name) if first.startswith(name) or not first else f"{name}: {first}"

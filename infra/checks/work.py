@@ -1,15 +1,11 @@
 """Checks of the work itself: processes that keep dying, stages that wait, cameras gone silent, dead letters."""
 
-import json
-import time
+import asyncio
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any
-
-import psutil
 
 from infra.checks.check import Check, Context
+from processors.gateway.health import workers
 from processors.store.queries import Queries, Row
 from streams.errors import UnavailableError
 
@@ -26,6 +22,7 @@ _WAITS = {
     "disk": "make room on the disk of data_dir",
     "folder": "look at ingest.folder.root: it cannot be read or written",
     "settings": "look at its log below data_dir: a setting or prompt cannot be used",
+    "camera": "look at the camera, and at its address in ingest.snapshots",
 }
 
 
@@ -46,10 +43,11 @@ async def processes(context: Context) -> list[Check]:
 async def stages(context: Context) -> list[Check]:
     """What the workers on this machine wait on."""
     checks: list[Check] = []
-    for report in _reports(context.settings.data_dir):
+    for report in await asyncio.to_thread(workers, context.settings.data_dir):
         stage = report["stage"]
-        for what in report["waiting_on"]:
-            fix = next((fix for name, fix in _WAITS.items() if name in what), "`rewatch status` says more")
+        # Ingest waits on several things at once, and names cameras: the first word is what it is.
+        for what in (what for said in report["waiting_on"] for what in said.split(", ")):
+            fix = _WAITS.get(what.partition(" ")[0], "`rewatch status` says more")
             checks.append(Check(f"stage {stage}", "warning", f"waits on {what}", fix))
         if report["stall"]:
             checks.append(Check(f"stage {stage}", "warning", report["stall"], "`rewatch up` restarts it within 60 s"))
@@ -99,20 +97,6 @@ async def _asked(context: Context, query: str) -> list[Row]:
             return await store.rows(query)
         except UnavailableError:  # the check of ClickHouse tells it
             return []
-
-
-def _reports(data_dir: Path) -> list[dict[str, Any]]:
-    """What the live workers on this machine say of themselves."""
-    found = []
-    for path in sorted((data_dir / "status").glob("*.json")):
-        try:
-            report = json.loads(path.read_text())
-            fresh = time.time() - path.stat().st_mtime < 10  # written every second
-        except (OSError, ValueError):  # it ended just now
-            continue
-        if fresh and psutil.pid_exists(report["pid"]):
-            found.append(report)
-    return found
 
 
 def _span(age: timedelta) -> str:

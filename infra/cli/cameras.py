@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 
-DEMO_DETECTOR = Path(__file__).parent.parent / "models" / "weights" / "detector"
-
 _WINDOW = "Windows"
 
 
@@ -267,10 +265,13 @@ def model_classes(settings: "Settings") -> tuple[str, ...] | None:
     """The classes that the detector can name; None where they cannot be read here (a service, a hub name)."""
     if settings.detector.url is not None:
         return None
-    path = DEMO_DETECTOR if settings.detector.model_path == "demo" else Path(settings.detector.model_path)
+    from infra.models import library
+    from processors.detect.settings import ModelError
+
     try:
+        path = Path(library.resolve(settings.detector.model_path, "detector", settings.data_dir))
         labels = json.loads((path / "config.json").read_text())["id2label"]
-    except (OSError, ValueError, KeyError):
+    except (ModelError, OSError, ValueError, KeyError):
         return None
     return tuple(labels.values())
 

@@ -3,7 +3,6 @@
 import difflib
 import json
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,11 +17,6 @@ if TYPE_CHECKING:
     from infra.config import Settings
 
 app = typer.Typer(no_args_is_help=True)
-
-MASK = "(set, not shown)"
-
-# What stands between the scheme and the host of an address: user and password.
-_CREDENTIALS = re.compile(r"(\w://)[^/@\s]+@")
 
 
 def register(root: typer.Typer) -> None:
@@ -129,12 +123,14 @@ def _leaves(model: "BaseModel", prefix: str) -> list[tuple[str, Any]]:
 def _plain(value: Any) -> Any:
     from pydantic import Secret, SecretStr
 
+    from infra.masks import MASK, credentials
+
     if isinstance(value, SecretStr):
         return MASK
     if isinstance(value, Secret):  # one that says itself what may be shown of it
         return str(value)
     if isinstance(value, str | Path):
-        return _CREDENTIALS.sub(rf"\g<1>{MASK}@", str(value))
+        return credentials(str(value))
     if isinstance(value, tuple | list | set | frozenset):
         return [_plain(item) for item in value]
     if isinstance(value, dict):

@@ -43,7 +43,7 @@ def _say(settings: "Settings", error: Exception) -> None:
     from processors.store.queries import QueryError
     from schemas.migrations import MigrationError
     from streams.admin import TopicsError
-    from streams.errors import FencedError, UnavailableError, UncertainError
+    from streams.errors import FencedError, UnavailableError, UncertainError, explain
     from streams.serving import SettingsError
 
     match error:
@@ -83,12 +83,3 @@ def broker_away(settings: "Settings") -> str:
 def start_hint(settings: "Settings") -> str:
     """What starts an embedded ClickHouse; nothing where it is someone else's."""
     return "; start it with `rewatch up`, or set clickhouse.url" if settings.local_clickhouse else ""
-
-
-def explain(error: BaseException) -> str:
-    """One line about an error: its class says more than nothing."""
-    name = type(error).__name__
-    first = next(iter(str(error).strip().splitlines()), "")
-    if not first or first.startswith(name):  # aiokafka's errors name themselves
-        return first or name
-    return f"{name}: {first}"

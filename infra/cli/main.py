@@ -16,6 +16,7 @@ import typer
 from infra.cli import cameras, dlq, doctor, events, ingest, migrate, models, run, show, sql
 from infra.cli import config as config_commands
 from infra.cli.help import EXIT_CODES, HELP_ASKED, Panelled, examples
+from infra.cli.output import NO, USAGE
 
 _FIRST_STEPS = examples(
     "rewatch demo                   # three rendered cameras, a minute",
@@ -60,9 +61,12 @@ def root(
         return  # it is asked for where the settings are wrong, too
     from infra import logs
     from infra.config import load
+    from infra.masks import secrets_of
 
-    logs.to_stderr("info" if verbose else "warning")
+    level = "info" if verbose else "warning"
+    logs.to_stderr(level)
     ctx.obj = load(config)
+    logs.to_stderr(level, secrets=secrets_of(ctx.obj))
     ctx.meta["config"] = config
 
 
@@ -79,5 +83,9 @@ def main() -> None:
         if (config := sys.modules.get("infra.config")) is not None and isinstance(error, config.ConfigError):
             with contextlib.suppress(BrokenPipeError):
                 typer.echo(f"settings: {error}", err=True)
-            sys.exit(2)
-        raise
+            sys.exit(USAGE)
+        if config is None:
+            raise
+        # Logged: Python's own way would show the secrets that the traceback may hold.
+        sys.modules["structlog"].get_logger().exception("ended by an error that nobody expected")
+        sys.exit(NO)

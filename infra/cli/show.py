@@ -3,7 +3,6 @@
 import asyncio
 import time
 from contextlib import aclosing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -105,10 +104,11 @@ async def collect(settings: "Settings") -> dict[str, Any]:
     """What `rewatch status --json` says.
 
     Returns `topics` (`topic`, `records`, `exact`, `in_clickhouse`: None where it cannot be told), `stages` (`stage`,
-    `lag`, `exact`, `caught_up`, `waiting_on`, `workers`), `processes`, `dead_letters` and `problems`: services that
-    are away. It never raises for those.
+    `lag`, `exact`, `caught_up`, `waiting_on`, `workers`), `processes`, `metrics` (addresses of this machine's
+    processes), `dead_letters` and `problems`: services that are away. It never raises for those.
     """
     from infra import topology
+    from infra.local.supervisor import running
     from processors.gateway.health import look, on_log, stage_of
     from processors.store.queries import Queries
     from streams.kafka import Kafka
@@ -121,7 +121,7 @@ async def collect(settings: "Settings") -> dict[str, Any]:
             return await store.counts(), await store.dead_letter_counts()
 
         seen = await look(Kafka(settings.kafka), stored, settings.data_dir, fixes=topology.fixes(settings))
-    processes = await asyncio.to_thread(supervised, settings.data_dir)
+    processes = await asyncio.to_thread(running, settings.data_dir)
     stages = [stage_of(name, seen.log.positions[name] if seen.log else None, seen.reports) for name in READS]
     topics = []
     for topic in STORED:
@@ -141,6 +141,7 @@ async def collect(settings: "Settings") -> dict[str, Any]:
             {"name": name, **{key: process.get(key) for key in ("state", "pid", "port", "restarts", "started_at")}}
             for name, process in processes.items()
         ],
+        "metrics": sorted({report["metrics"] for report in seen.reports if report.get("metrics")}),
         "dead_letters": seen.letters,
         "problems": [problem.model_dump() for problem in seen.problems],
     }
@@ -172,17 +173,6 @@ def _partitions(stage: str, positions: "list[Position]", reports: "list[Report]"
         }
         for p in positions
     ]
-
-
-def supervised(data_dir: Path) -> dict[str, Any]:
-    """What the supervisor on this data directory says it runs, by process name; empty where there is none."""
-    from infra.local.supervisor import read_state
-
-    try:
-        state = read_state(data_dir)
-    except OSError:  # a directory that cannot be read is doctor's to name
-        return {}
-    return dict((state or {}).get("processes", {}))
 
 
 def _worker(report: "Report") -> dict[str, Any]:
@@ -235,6 +225,9 @@ def _print_status(state: dict[str, Any], settings: "Settings") -> None:
         ]
         or [("none has any", "", "")],
     )
+    if state["metrics"]:
+        first = state["metrics"][0]
+        typer.echo(f"metrics: {first}; {first.removesuffix('metrics')}targets lists those of every process here")
     for letters in state["dead_letters"] or []:
         typer.echo(
             f"{letters['count']} dead letters of {letters['stage']} ({letters['kind']}): "

@@ -327,6 +327,15 @@ def read_state(data_dir: Path) -> dict[str, Any] | None:
     return state if state and _alive(state) else None
 
 
+def running(data_dir: Path) -> dict[str, Any]:
+    """What the live supervisor on a data directory runs, by process name; empty where there is none."""
+    try:
+        state = read_state(data_dir)
+    except OSError:  # a directory that cannot be read is doctor's to name
+        return {}
+    return dict((state or {}).get("processes", {}))
+
+
 def _load(data_dir: Path) -> dict[str, Any]:
     with suppress(FileNotFoundError, json.JSONDecodeError):
         state = json.loads((data_dir / "run.json").read_text())

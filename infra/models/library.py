@@ -119,9 +119,8 @@ def verify(folder: Path, manifest: Manifest, on_progress: OnProgress = lambda _:
 
 def verify_demo(root: Path = DEMO, on_progress: OnProgress = lambda _: None) -> list[str]:
     """Compare the models that come with the product with their SHA256SUMS; what is wrong, a line each."""
-    sums = (line.split("  ", 1) for line in (root / "SHA256SUMS").read_text().splitlines())
     wrong: list[str] = []
-    for digest, name in sums:
+    for name, digest in _demo_sums(root).items():
         path = root / name
         try:
             size = path.stat().st_size
@@ -129,6 +128,16 @@ def verify_demo(root: Path = DEMO, on_progress: OnProgress = lambda _: None) -> 
         except OSError as error:
             wrong.append(f"{path}: {error.strerror}")
     return wrong
+
+
+def demo_digests(root: Path = DEMO) -> frozenset[str]:
+    """SHA-256 of the demo models' weights: by these records tell what made them."""
+    return frozenset(digest for name, digest in _demo_sums(root).items() if name.endswith((".gguf", ".safetensors")))
+
+
+def _demo_sums(root: Path) -> dict[str, str]:
+    lines = (line.split("  ", 1) for line in (root / "SHA256SUMS").read_text().splitlines())
+    return {name: digest for digest, name in lines}
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -1,5 +1,6 @@
 """The models that a person can choose from here: listed, verified, named in the settings file."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def write(file: Path, changes: dict[str, dict[str, Any]]) -> None:
     """
     yaml = YAML()
     yaml.preserve_quotes = True
+    file = file.resolve()  # a link to it stays one
     tree = (yaml.load(file.read_text()) if file.exists() else None) or yaml.map()
     for section, values in changes.items():
         if not isinstance(tree.get(section), dict):
@@ -79,8 +81,12 @@ def write(file: Path, changes: dict[str, dict[str, Any]]) -> None:
         tree[section].update(values)
     part = file.with_name(f".{file.name}.part")
     try:
+        if file.exists():
+            part.touch(mode=0o600)  # it may hold passwords: nobody reads it who may not read the file
         with part.open("w") as out:
             yaml.dump(tree, out)
+        if file.exists():
+            shutil.copymode(file, part)
         load(part)
         part.replace(file)
     finally:

@@ -63,7 +63,7 @@ _WHY = {
     408: "The body did not arrive in time.",
     413: "The body is too long.",
     422: "A value cannot be used; the message names it and says what would be right.",
-    429: "Too many at once: `Retry-After` says when to come back.",
+    429: "Too many at once, or too many wrong keys: `Retry-After` says when to come back.",
     503: "What this needs is away; the message names it and the fix, `Retry-After` when to come back.",
 }
 _RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "string"}}}
@@ -72,14 +72,14 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def errors(*statuses: int) -> Responses:
-    """How these errors are described; everything can answer 401 and 403."""
+    """How these errors are described; everything can answer 401, 403 and 429."""
     return {
         status: {
             "model": Error,
             "description": NEEDS_KEY if status == 401 else _WHY[status],
             **({"headers": _RETRY} if status in {429, 503} else {}),
         }
-        for status in sorted({401, 403, *statuses})
+        for status in sorted({401, 403, 429, *statuses})
     }
 
 
@@ -124,7 +124,7 @@ def _add_events(api: APIRouter, source: Source, streams: "_Streams") -> None:
                 "that resumes with its last `id` misses nothing.",
                 "content": {"text/event-stream": {"schema": {"type": "string"}}},
             },
-            **errors(422, 429, 503),
+            **errors(422, 503),
         },
     )
     async def stream(
@@ -205,7 +205,7 @@ def _add_doors(api: APIRouter, source: Source, uploads: Uploads) -> None:
         response_class=Response,
         responses={
             200: {"model": Taken, "description": "It is on the log."},
-            **errors(400, 404, 408, 413, 422, 429, 503),
+            **errors(400, 404, 408, 413, 422, 503),
         },
         openapi_extra={"requestBody": _UPLOAD},
     )

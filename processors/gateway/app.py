@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from processors.gateway import api
-from processors.gateway.auth import Door, Login
+from processors.gateway.auth import Door, Login, Throttle
 from processors.gateway.pages import build_pages, error_page, wants_page
 from processors.gateway.ports import InvalidError, NotFoundError, Source
 from processors.gateway.settings import GatewaySettings
@@ -42,7 +42,8 @@ def build_app(source: Source, settings: GatewaySettings, uploads: Uploads) -> AS
         redirect_slashes=False,
     )
     app.include_router(api.routes(source, uploads))
-    login = Login(settings, refuse)
+    throttle = Throttle()
+    login = Login(settings, refuse, throttle)
     app.router.routes += [
         Route("/login", login.sign_in, methods=["POST"]),
         Route("/logout", login.sign_out, methods=["POST"]),
@@ -52,7 +53,7 @@ def build_app(source: Source, settings: GatewaySettings, uploads: Uploads) -> AS
         app.add_exception_handler(kind, handler)
     if settings.api_key is not None:
         _name_the_key(app)
-    return Door(app, settings, refuse)
+    return Door(app, settings, refuse, throttle)
 
 
 def refuse(request: Request, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:

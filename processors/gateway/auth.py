@@ -1,7 +1,8 @@
 """Who may come in, from where, and what every answer forbids browsers to do with it.
 
 With `gateway.api_key` set: programs send the key; browsers sign in with it and get a cookie that is a signature over
-its own end, so nothing is stored, and a new key signs everybody out. Without one only this machine reaches the gateway,
+its own end, so nothing is stored, and a new key signs everybody out. Wrong keys, by either way, are counted together,
+and after a few no key is tried for a while: see `Throttle`. Without a key set only this machine reaches the gateway,
 and requests must call it by a name of this machine: otherwise a page elsewhere could make its own name point here and
 read what is shown. What changes something must come from a page of ours, or from no page at all.
 """
@@ -23,6 +24,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from processors.gateway.settings import GatewaySettings
+from streams.serving import key_in
 
 Refuse = Callable[[Request, int, str, Mapping[str, str] | None], Response]
 """Makes an answer of a status and words, as whoever asks reads it: JSON for programs, a page for people."""
@@ -54,6 +56,8 @@ _TRIES = 5
 _TRIES_TOGETHER = 60
 _TRIES_IN_S = 60.0
 _ADDRESSES = 10_000
+# Programs come every few seconds, or once a night: a proof holds for a day.
+_PROOF_S = 86_400.0
 
 # Forms and labels have a few hundred bytes; uploads are bounded where they are passed on.
 _BODY_BYTES = 64 * 1024
@@ -99,12 +103,18 @@ class Sessions:
 
 
 class Throttle:
-    """Wrong keys at the login: five a minute from one address, and sixty in all."""
+    """Wrong keys, at the login and with requests: five a minute from one address, and sixty in all.
+
+    Then no key is looked at, so a guess that is right tells nothing either. From an address whose programs sent the
+    right one within a day right ones go on to be taken: strangers, or one camera with an old key behind the same proxy,
+    must not shut the others out.
+    """
 
     def __init__(self, clock: _Clock = time.monotonic) -> None:
         self._clock = clock
         self._all: deque[float] = deque()
         self._of: OrderedDict[str, deque[float]] = OrderedDict()
+        self._proven: OrderedDict[str, float] = OrderedDict()
 
     def wait(self, address: str) -> float:
         """How long this address must wait before it may try, seconds; 0 is not at all."""
@@ -123,26 +133,34 @@ class Throttle:
         while len(self._of) > _ADDRESSES:
             self._of.popitem(last=False)
 
+    def succeeded(self, address: str) -> None:
+        """A program there sent the right key."""
+        self._proven[address] = self._clock()
+        self._proven.move_to_end(address)
+        while len(self._proven) > _ADDRESSES:
+            self._proven.popitem(last=False)
+
+    def is_proven(self, address: str) -> bool:
+        """Whether a program there sent the right key within a day."""
+        return address in self._proven and self._clock() - self._proven[address] < _PROOF_S
+
 
 class Login:
     """`POST /login` and `POST /logout`; the form itself is a page."""
 
-    def __init__(self, settings: GatewaySettings, refuse: Refuse, throttle: Throttle | None = None) -> None:
+    def __init__(self, settings: GatewaySettings, refuse: Refuse, throttle: Throttle) -> None:
         self._settings = settings
         self._refuse = refuse
         self._sessions = Sessions(settings)
-        self._throttle = throttle or Throttle()
+        self._throttle = throttle
 
     async def sign_in(self, request: Request) -> Response:
         """Take the key of a form and give a cookie for it; `next` says where to go on."""
         form = await _form(request)
         target = local(form.get("next", "/"))
-        address = request.client.host if request.client else ""
+        address = _address(request)
         if (wait := self._throttle.wait(address)) > 0:
-            seconds = str(int(wait) + 1)
-            return self._refuse(
-                request, 429, f"too many wrong keys; try again in {seconds} s", {"Retry-After": seconds}
-            )
+            return _slowed(self._refuse, request, wait)
         if not self._settings.lets_in({"x-api-key": form.get("key", "")}):
             self._throttle.failed(address)
             return RedirectResponse(f"/login?{urlencode({'wrong': '', 'next': target})}", 303)
@@ -161,10 +179,11 @@ class Login:
 class Door:
     """The outermost part of the app: lets requests in or refuses them, before anything of a body is read."""
 
-    def __init__(self, app: ASGIApp, settings: GatewaySettings, refuse: Refuse) -> None:
+    def __init__(self, app: ASGIApp, settings: GatewaySettings, refuse: Refuse, throttle: Throttle) -> None:
         self._app = app
         self._settings = settings
         self._refuse = refuse
+        self._throttle = throttle
         self._sessions = Sessions(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -191,9 +210,14 @@ class Door:
 
     def _refusal(self, request: Request) -> Response | None:
         """Why not, if not."""
-        settings, headers, path = self._settings, request.headers, request.url.path
+        settings, headers, path = self._settings, request.headers, request.scope["path"]
         by_key = settings.api_key is not None and settings.lets_in(headers)
-        by_cookie = settings.api_key is not None and not by_key and self._sessions.holds(request.scope)
+        by_cookie = settings.api_key is not None and self._sessions.holds(request.scope)
+        # Who is signed in has nothing to guess.
+        if settings.api_key is not None and not by_cookie and key_in(headers):
+            wait = self._tried(_address(request), right=by_key)
+            if wait > 0:
+                return _slowed(self._refuse, request, wait)
         request.scope.setdefault("state", {})["session"] = by_cookie
         if settings.api_key is None:
             if not self._is_ours(_name(headers.get("host", "localhost"))):
@@ -212,6 +236,17 @@ class Door:
         if request.method not in _SAFE and not by_key and not self._from_here(headers, proven=by_cookie):
             return self._refuse(request, 403, "this was sent by a page of another site; nothing was changed", None)
         return None
+
+    def _tried(self, address: str, *, right: bool) -> float:
+        """A key came with a request: how long none is looked at, seconds; 0 where this one counts."""
+        throttle = self._throttle
+        wait = throttle.wait(address)
+        if right and (wait <= 0 or throttle.is_proven(address)):
+            throttle.succeeded(address)
+            return 0.0
+        if wait <= 0:
+            throttle.failed(address)
+        return wait
 
     def _from_here(self, headers: Headers, *, proven: bool) -> bool:
         """Whether a request comes from a page of ours; where nothing must be `proven`, from no page will do."""
@@ -241,6 +276,16 @@ def local(target: str) -> str:
     """A path of ours, or the first page: a sign-in must not lead elsewhere."""
     ours = target.startswith("/") and not target.startswith("//") and "\\" not in target and target.isprintable()
     return target if ours else "/"
+
+
+def _address(request: Request) -> str:
+    """Where a request comes from."""
+    return request.client.host if request.client else ""
+
+
+def _slowed(refuse: Refuse, request: Request, wait: float) -> Response:
+    seconds = str(int(wait) + 1)
+    return refuse(request, 429, f"too many wrong keys; try again in {seconds} s", {"Retry-After": seconds})
 
 
 def _name(host: str) -> str:

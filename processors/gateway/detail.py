@@ -4,7 +4,7 @@ Pure: rows in, models out. A row that is not there (not yet, or not any more) le
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,7 +28,13 @@ def image_address(camera_id: str, sha256: str) -> str:
 
 
 def event_detail(
-    summary: EventSummary, lineage: Lineage, *, settings: Sequence[Row], prompt_name: str, labels: Sequence[Label]
+    summary: EventSummary,
+    lineage: Lineage,
+    *,
+    settings: Sequence[Row],
+    prompt_name: str,
+    labels: Sequence[Label],
+    toys: Collection[str] = (),
 ) -> EventDetail:
     """The event whole.
 
@@ -38,6 +44,7 @@ def event_detail(
         settings: rows of `cameras`, newest first: what was ever set for its camera.
         prompt_name: the prompt version's name for people.
         labels: those to be shown with it, in order.
+        toys: SHA-256 of the demo models' weights.
     """
     event, batch, context = lineage.event, lineage.batch, lineage.context
     opens = _open_on(batch, settings)
@@ -52,6 +59,7 @@ def event_detail(
         prompt_name=prompt_name,
         verdict_digest=event["verdict_digest"],
         model_digest=event["model_digest"],
+        toy=event["model_digest"] in toys,
         parameters=_parameters(event["parameters"]),
         conditions=dict(event["conditions"]),
         rendered_prompt=event["rendered_prompt"],

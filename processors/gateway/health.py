@@ -6,7 +6,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +15,9 @@ import psutil
 from aiokafka.errors import KafkaError
 
 from processors.gateway.models import DeadLetterCount, Health, Problem, StageHealth, TopicHealth
-from processors.store.queries import Queries, Row
+from processors.store.queries import Model, Queries, Row
 from streams import survey as surveys
-from streams.errors import UnavailableError
+from streams.errors import UnavailableError, explain
 from streams.kafka import Kafka
 from streams.survey import READS, Memory, Position, Survey
 from streams.topics import STORED
@@ -127,12 +127,6 @@ def broker_away(kafka: Kafka, error: BaseException, fix: str = "") -> str:
     return f"{where}; {fix or 'look there'}: {explain(error)}"
 
 
-def explain(error: BaseException) -> str:
-    """One line about an error: its class says more than nothing."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
 class Pulse:
     """The page's view of it, at most two seconds old; whoever asks meanwhile gets the same answer.
 
@@ -141,6 +135,8 @@ class Pulse:
         queries: the way to ClickHouse.
         data_dir: where workers of this machine say how they are.
         fixes: as for `look`.
+        expected: the stages that should be at work on this machine, and the log of each.
+        toys: SHA-256 of the demo models' weights.
         clock: seconds, monotonic.
     """
 
@@ -151,12 +147,16 @@ class Pulse:
         data_dir: Path,
         *,
         fixes: Mapping[str, str] | None = None,
+        expected: Callable[[], Mapping[str, str]] = dict,
+        toys: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._kafka = kafka
         self._queries = queries
         self._data_dir = data_dir
         self._fixes = fixes
+        self._expected = expected
+        self._toys = toys
         self._clock = clock
         self._memory: Memory = {}
         self._last: tuple[float, Health] | None = None
@@ -196,9 +196,20 @@ class Pulse:
                 "look at their load, and at kafka.bootstrap_servers and clickhouse.url",
             )
             seen = Look(None, None, None, reports, [slow])
-        health = _health(seen, facts, self._kafka.settings.system)
+        seen.problems.extend(absent(await asyncio.to_thread(self._expected), seen.reports))
+        health = _health(seen, facts, self._kafka.settings.system, self._toys)
         self._last = (max(began, self._clock() - _OLD_S / 2), health)
         return health
+
+
+def absent(expected: Mapping[str, str], reports: Sequence[Report]) -> list[Problem]:
+    """The stages that should be at work on this machine and of which no process says a word."""
+    there = {report["stage"] for report in reports}
+    return [
+        Problem(service=stage, message=f"no process of it is at work here, though `rewatch up` runs it; look at {log}")
+        for stage, log in expected.items()
+        if stage not in there
+    ]
 
 
 class _Facts(NamedTuple):
@@ -206,10 +217,11 @@ class _Facts(NamedTuple):
 
     flow: Mapping[str, Row]
     latency: Mapping[str, Row]
-    models: Mapping[str, str]
+    models: Mapping[str, Model]
 
 
-def _health(seen: Look, facts: _Facts, system: str) -> Health:
+def _health(seen: Look, facts: _Facts, system: str, toys: Collection[str]) -> Health:
+    detector, analyst = (facts.models.get(role, Model("", "")) for role in ("detector", "analyst"))
     stages = tuple(_stage(name, seen, facts) for name in READS)
     waits = any(stage.waiting_on for stage in stages)
     stalled = any(stage.stall for stage in stages)
@@ -217,8 +229,9 @@ def _health(seen: Look, facts: _Facts, system: str) -> Health:
         at=datetime.now(UTC),
         status="degraded" if seen.problems or stalled else "waiting" if waits else "ok",
         system=system,
-        detector=facts.models.get("detector", ""),
-        analyst=facts.models.get("analyst", ""),
+        detector=detector.name,
+        analyst=analyst.name,
+        toys=tuple(role for role, model in (("detector", detector), ("analyst", analyst)) if model.digest in toys),
         stages=stages,
         topics=tuple(_topic(topic, seen, facts) for topic in STORED),
         dead_letters=tuple(

@@ -86,10 +86,6 @@ class Labels:
         found |= {label.label_id: label for label in stored}
         return sorted(found.values(), key=lambda label: (label.labelled_at, label.label_id), reverse=True)
 
-    def given_on(self, event_id: str) -> Label | None:
-        """The newest label that this process gave on an event."""
-        return next((label for label in reversed(self._given.values()) if label.event_id == event_id), None)
-
     async def _put(self, record: records.Label) -> None:
         camera = self._cameras.get(record.camera_id)
         pin = camera.partition if camera is not None else None

@@ -214,4 +214,7 @@ class _Client:
 
 
 def _time(at: int) -> datetime:
-    return datetime.fromtimestamp(int(at) / 1000, UTC)
+    time = datetime.fromtimestamp(int(at) / 1000, UTC)
+    if not 1900 < time.year < 2299:  # beyond, ClickHouse holds none, and Python cannot reckon with its first and last
+        raise ValueError(at)
+    return time

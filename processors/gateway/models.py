@@ -176,6 +176,8 @@ class EventDetail(EventSummary):
     prompt_name: str
     verdict_digest: str
     model_digest: str
+    toy: bool = False
+    """Judged by the demo's model, told by its weights."""
     parameters: dict[str, Any]
     conditions: dict[str, str]
     rendered_prompt: str
@@ -297,6 +299,8 @@ class Health(Model):
     """The model in force, as the newest detection names it."""
     analyst: str
     """The model in force, as the newest event names it."""
+    toys: tuple[Literal["detector", "analyst"], ...] = ()
+    """Which of the two are the demo's, told by their weights."""
     stages: tuple[StageHealth, ...]
     topics: tuple[TopicHealth, ...]
     dead_letters: tuple[DeadLetterCount, ...]

@@ -41,9 +41,6 @@ _NEARBY = (timedelta(hours=1), timedelta(days=2), timedelta(days=60))
 _NEARBY_LIMIT = 500
 _DAY = timedelta(days=1)
 
-# What the demo's models call themselves (infra/models): a folder and a file of these names.
-TOYS = frozenset({"detector", "analyst", "analyst.gguf"})
-
 
 class _Filter(NamedTuple):
     """What the list of events is narrowed to, as the address says it."""
@@ -423,7 +420,6 @@ def _environment() -> Environment:
         "verdict": words.verdict,
     }
     made.globals |= {
-        "toys": TOYS,
         "spans": {name: text for name, (text, _) in SPANS.items()},
         "css": _static("app.css"),
         "script": _static("app.js"),

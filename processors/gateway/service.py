@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import structlog
@@ -114,6 +114,8 @@ def build_source(
     data_dir: Path,
     *,
     fixes: Mapping[str, str] | None = None,
+    expected: Callable[[], Mapping[str, str]] = dict,
+    toys: Collection[str] = (),
 ) -> StoredSource:
     """The real source; nothing is connected yet.
 
@@ -124,8 +126,9 @@ def build_source(
         claims: where images above 64 KB are.
         data_dir: where workers of this machine say how they are.
         fixes: what to do when `broker` or `clickhouse` is away.
+        expected: as for `Pulse`.
+        toys: SHA-256 of the demo models' weights.
     """
     queries = Queries(clickhouse)
-    return StoredSource(
-        queries, Images(Reads(queries), claims), Labels(kafka, cameras), Pulse(kafka, queries, data_dir, fixes=fixes)
-    )
+    pulse = Pulse(kafka, queries, data_dir, fixes=fixes, expected=expected, toys=toys)
+    return StoredSource(queries, Images(Reads(queries), claims), Labels(kafka, cameras), pulse, toys=toys)

@@ -5,7 +5,7 @@ import base64
 import binascii
 import difflib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from datetime import UTC, datetime, timedelta
 
 from processors.gateway import activity
@@ -46,12 +46,15 @@ _NEAR = 500
 class StoredSource:
     """Everything that is shown; see the port."""
 
-    def __init__(self, queries: Queries, images: Images, labels: Labels, pulse: Pulse) -> None:
+    def __init__(
+        self, queries: Queries, images: Images, labels: Labels, pulse: Pulse, *, toys: Collection[str] = ()
+    ) -> None:
         self._queries = queries
         self._reads = Reads(queries)
         self._images = images
         self._labels = labels
         self._pulse = pulse
+        self._toys = toys
         self._summaries = Summaries(self._reads, labels)
         self.feed = Feed(self._reads, self._summaries.of)
 
@@ -107,7 +110,9 @@ class StoredSource:
 
         stored = [label for label in map(label_of, touching) if wanted(label)]
         labels = self._labels.with_given(stored, wanted)
-        return event_detail(summary, lineage, settings=settings, prompt_name=prompt_name, labels=labels)
+        return event_detail(
+            summary, lineage, settings=settings, prompt_name=prompt_name, labels=labels, toys=self._toys
+        )
 
     async def image(self, camera_id: str, sha256: str) -> bytes:
         """A frame's JPEG; see the port."""

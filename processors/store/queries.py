@@ -55,6 +55,14 @@ class Lineage(NamedTuple):
     """By frame_id."""
 
 
+class Model(NamedTuple):
+    """A model, as records name it."""
+
+    name: str
+    digest: str
+    """SHA-256 of its weights; empty where nobody could read them."""
+
+
 class Count(NamedTuple):
     """What ClickHouse has of a topic, counted by name: rows that came twice count once."""
 
@@ -119,18 +127,6 @@ class Queries:
             limit=limit,
         )
 
-    async def event(self, event_id: str) -> Row | None:
-        """Everything that is kept of a live event, its names for people too; None where there is no such event."""
-        made, shown = await asyncio.gather(
-            self.rows("SELECT * FROM risk_events FINAL WHERE event_id = {id:String}", id=event_id),
-            self.rows("SELECT * FROM events WHERE event_id = {id:String}", id=event_id),
-        )
-        return {**made[0], **shown[0]} if made and shown else None
-
-    async def lineage(self, event_id: str) -> list[Row]:
-        """Rows of the view `event_lineage`: the event's frames in order."""
-        return await self.rows("SELECT * FROM event_lineage WHERE event_id = {id:String} ORDER BY n", id=event_id)
-
     async def version_and_clock(self) -> tuple[str, int]:
         """The engine's version, and its wall time in milliseconds since the Unix epoch."""
         [row] = await self.rows("SELECT version() AS version, toUnixTimestamp64Milli(now64(3)) AS at")
@@ -183,13 +179,14 @@ class Queries:
         )
         return {row["topic"]: {"p50_s": row["seconds"][0], "p95_s": row["seconds"][1]} for row in rows}
 
-    async def models(self) -> dict[str, str]:
+    async def models(self) -> dict[str, Model]:
         """The `detector` and the `analyst` in force: what the newest records name; missing where there is none."""
         rows = await self.rows(
-            "SELECT 'detector' AS role, argMax(model, detected_at) AS model FROM detections HAVING count() > 0 "
-            "UNION ALL SELECT 'analyst', argMax(model, judged_at) FROM risk_events HAVING count() > 0"
+            "SELECT 'detector' AS role, argMax((model, model_digest), detected_at) AS made_by FROM detections "
+            "HAVING count() > 0 UNION ALL "
+            "SELECT 'analyst', argMax((model, model_digest), judged_at) FROM risk_events HAVING count() > 0"
         )
-        return {row["role"]: row["model"] for row in rows}
+        return {row["role"]: Model(*row["made_by"]) for row in rows}
 
     async def dead_letter_counts(self) -> list[Row]:
         """How many dead letters are open, by stage and kind."""

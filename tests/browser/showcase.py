@@ -296,6 +296,7 @@ def health(*, status: str = "waiting") -> Health:
             "system": "rewatch",
             "detector": "detector",
             "analyst": "analyst.gguf",
+            "toys": ("detector", "analyst"),
             "stages": [
                 StageHealth(
                     stage=stage,

@@ -152,6 +152,9 @@ def test_classes_are_held_against_the_model_where_it_can_be_read(tmp_path: Path)
         update={"detector": settings.detector.model_copy(update={"model_path": "vendor/model"})},
     )
     assert model_classes(elsewhere) is None
+    assert "person" in (model_classes(settings) or ()), "the demo's"
+    named = settings.detector.model_copy(update={"model_path": "rtdetr_v2_r18vd"})
+    assert model_classes(settings.model_copy(update={"detector": named})) is None, "a model that is not here"
     window = {"open_on": ("person", "gnu")}
     assert changed(camera(), NOTHING._replace(window=window), elsewhere, 2).window.open_on == ("person", "gnu")
 

@@ -74,7 +74,7 @@ def test_a_port_that_another_program_has_is_named_with_its_setting() -> None:
 
 
 def test_a_port_of_ours_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.checks.examine.read_state", lambda _: {"processes": {"ingest": {"pid": 1}}})
+    monkeypatch.setattr("infra.checks.examine.running", lambda _: {"ingest": {"pid": 1}})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", load().ingest.upload.port))
         taken.listen()
@@ -265,10 +265,16 @@ async def test_a_stage_that_waits_and_a_process_that_died_are_told_with_where_to
     settings = load()
     report = settings.data_dir / "status" / "analyze.json"
     report.parent.mkdir(parents=True)
-    report.write_text(json.dumps({"stage": "analyze", "pid": os.getpid(), "waiting_on": ["llm"], "stall": None}))
+    said = {"stage": "analyze", "pid": os.getpid(), "written_at": time.time(), "waiting_on": ["llm"], "stall": None}
+    report.write_text(json.dumps(said))
     [waits] = await work.stages(Context(settings, {}))
     assert (waits.name, waits.found) == ("stage analyze", "waits on llm")
     assert "llm.url" in waits.fix
+    report.write_text(json.dumps(said | {"stage": "ingest", "waiting_on": ["broker, camera store-front"]}))
+    [on_broker, on_camera] = await work.stages(Context(settings, {}))
+    assert "kafka.bootstrap_servers" in on_broker.fix
+    assert on_camera.found == "waits on camera store-front"
+    assert "ingest.snapshots" in on_camera.fix, "a camera's name is no service's"
     running = {"detect": {"restarts": 2, "reason": "ended with code -9", "log": "logs/detect.log"}}
     [died] = await work.processes(Context(settings, running))
     assert "2 times; last: ended with code -9" in died.found

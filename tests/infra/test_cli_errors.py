@@ -2,8 +2,8 @@
 
 from aiokafka.errors import KafkaConnectionError
 
-from infra.cli.errors import explain
 from infra.cli.output import print_table
+from streams.errors import explain
 
 
 def test_an_error_is_named_once() -> None:

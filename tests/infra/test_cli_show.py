@@ -95,6 +95,16 @@ def test_a_report_that_a_dead_worker_left_is_not_shown(log: Any, left: dict[str,
     assert all(stage["workers"] == [] for stage in answer("status")["stages"])
 
 
+def test_status_says_where_the_metrics_are(log: Any) -> None:
+    assert answer("status")["metrics"] == []
+    assert "metrics" not in invoke("status").output
+    report("analyze")
+    path = next((load().data_dir / "status").iterdir())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": "http://127.0.0.1:9450/metrics"}))
+    assert answer("status")["metrics"] == ["http://127.0.0.1:9450/metrics"]
+    assert "http://127.0.0.1:9450/metrics; http://127.0.0.1:9450/targets lists" in invoke("status").output
+
+
 def test_half_a_report_is_no_report(log: Any) -> None:
     report("analyze")
     next((load().data_dir / "status").iterdir()).write_text('{"stage": "ana')

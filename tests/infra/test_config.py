@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, SecretStr
 
-from infra.cli.config import MASK, in_force
+from infra.cli.config import in_force
 from infra.cli.main import main
 from infra.config import ALIASES, ConfigError, Settings, known_settings, load
+from infra.masks import MASK
 from tests.infra.cli_kit import answer, invoke
 
 

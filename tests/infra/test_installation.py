@@ -4,6 +4,10 @@ import json
 import os
 from pathlib import Path
 
+import psutil
+
+from infra import topology
+from infra.config import load
 from infra.installation import Watchdog
 from streams.liveness import STALL_S
 
@@ -47,3 +51,28 @@ async def test_a_stage_that_says_that_it_is_stalled_is_believed(tmp_path: Path) 
     status = tmp_path / "detect.json"
     report(status, at=5_000, stall="frames-0 has not advanced")
     assert await Watchdog(status, Clock()).stalled() == "frames-0 has not advanced"
+
+
+def test_what_should_be_at_work_here_is_what_has_been_started(tmp_path: Path) -> None:
+    settings = load().model_copy(update={"data_dir": tmp_path})
+    assert topology.expected(settings) == {}, "nobody runs here"
+    states = {
+        "kafka": "ready",
+        "ingest": "ready",
+        "gateway": "ready",
+        "detect-1": "ready",
+        "detect-2": "starting",
+        "batch": "backing off",
+        "enrich": "waiting",
+        "analyze": "starting",
+        "sink": "failed",
+    }
+    run = {
+        "pid": os.getpid(),
+        "create_time": psutil.Process().create_time(),
+        "processes": {name: {"state": state, "restarts": 0, "log": f"{name}.log"} for name, state in states.items()},
+    }
+    run["processes"]["analyze"]["restarts"] = 1
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert set(topology.expected(settings)) == {"ingest", "detect", "batch", "analyze", "sink"}
+    assert topology.expected(settings)["batch"] == "batch.log"

@@ -124,6 +124,8 @@ def test_a_mask_covers_the_longer_of_two_secrets_and_leaves_words_alone() -> Non
     masks = Masks(["hunter2", "hunter2-and-more", "a"])
     assert masks.text("a key hunter2-and-more.") == f"a key {MASK}."
     assert masks.text("to kafka://me:pass@host:9092/x") == f"to kafka://{MASK}@host:9092/x"
+    assert masks.text("http://me:p@ss@host/x") == f"http://{MASK}@host/x", "an @ that nobody escaped"
+    assert masks.text("http://host/a?to=me@home or me@home") == "http://host/a?to=me@home or me@home"
     assert masks.value(["x", "hunter2"]) == f"['x', '{MASK}']"
     assert masks.value(7) == 7
 
@@ -171,6 +173,49 @@ def test_no_line_of_any_form_holds_a_secret() -> None:
     ]
     assert machine[-1]["logger"] == "library", "libraries' lines come in the same form"
     assert all(line["stage"] == "toy" for line in machine)
+
+
+_BREAK = """
+import sys
+from infra import topology
+async def broken(*_, **__):
+    raise RuntimeError("connecting with sasl-hunter2")
+topology.run = broken
+if sys.argv[1] == "worker":
+    from infra import worker
+    sys.argv[1:] = ["batch"]
+    sys.exit(worker.main())
+from infra.cli import main
+sys.argv[1:] = ["run", "batch"]
+main()
+"""
+
+
+@pytest.mark.parametrize("way", ["worker", "cli"])
+def test_an_error_that_nobody_expects_ends_a_process_with_its_traceback_and_without_secrets(
+    way: str, tmp_path: Path
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _BREAK, way],
+        env={"PATH": "", "PYTHONPATH": str(Path(__file__).parents[2]), **SECRETS},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    assert f"RuntimeError: connecting with {MASK}" in ended.stderr
+    assert "hunter2" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize("style", ["logfmt", "console"])
+def test_what_strangers_wrote_steers_no_terminal(style: logs.Style, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.to_stderr("info", style)
+    structlog.get_logger().info("rejected", name="a\x1b[2Jb\rc\x9b1m")
+    said = capsys.readouterr().err
+    assert "x1b[2Jb" in said
+    assert not set("\x1b\r\x9b") & set(said)
 
 
 def as_incoming(emit: Emit, offset: int = 0) -> Incoming:

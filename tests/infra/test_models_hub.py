@@ -171,7 +171,12 @@ def test_commands_pull_verify_use_and_list(hub: Hub, tmp_path: Path) -> None:
         {"name": "demo", "ok": True, "problems": []},
         {"name": LLM.name, "ok": True, "problems": []},
     ]
+    Path("rewatch.yaml").rename("site.yaml")
+    Path("site.yaml").chmod(0o640)
+    Path("rewatch.yaml").symlink_to("site.yaml")
     answer("models", "use", LLM.name)
+    assert Path("rewatch.yaml").is_symlink()
+    assert Path("site.yaml").stat().st_mode & 0o777 == 0o640, "it may hold passwords"
     assert Path("rewatch.yaml").read_text().startswith("# my cameras\ntime_zone: Europe/Berlin  # home\n")
     assert (load().llm.model_path, load().llm.context_size, load().time_zone) == (str(path), 4096, "Europe/Berlin")
     rows = {(row["name"], row["kind"]): row for row in answer("models", "ls")}

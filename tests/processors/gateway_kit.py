@@ -190,12 +190,12 @@ def own_database(settings: Settings) -> Settings:
 
 
 @asynccontextmanager
-async def source_of(settings: Settings) -> AsyncIterator[StoredSource]:
-    """The real source over these settings."""
+async def source_of(settings: Settings, **known) -> AsyncIterator[StoredSource]:
+    """The real source over these settings; `known` is what else `build_source` is told."""
     kafka = Kafka(settings.kafka)
     cameras = Cameras(kafka, WINDOW, "UTC")
     claims = ClaimStore(settings.images_root)
-    source = build_source(kafka, settings.clickhouse, cameras, claims, Path(settings.data_dir))
+    source = build_source(kafka, settings.clickhouse, cameras, claims, Path(settings.data_dir), **known)
     try:
         yield source
     finally:

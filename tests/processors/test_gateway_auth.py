@@ -51,18 +51,18 @@ async def test_programs_send_the_key(keyed: httpx.AsyncClient) -> None:
         assert (await keyed.get("/api/events", headers=headers)).status_code == 200
         # No page of another site can set these headers: no proof of origin is asked for.
         assert (await keyed.post("/api/labels", json=LABEL, headers=headers)).status_code == 201
-    for headers in (
-        {},
-        {"authorization": "Bearer wrong"},
-        {"x-api-key": KEY[:-1]},
-        {"x-api-key": ""},
-        {"x-api-key": "é".encode()},
+    paths = ("/api/events", "/api/openapi.json", "/api/nothing", "/api/images/front/x.jpg")
+    for path, headers in (
+        *((path, headers) for path in paths for headers in ({}, {"x-api-key": ""}, {"authorization": "Basic eDp5"})),
+        (paths[0], {"authorization": "Bearer wrong"}),
+        (paths[1], {"x-api-key": KEY[:-1]}),
+        (paths[2], {"x-api-key": "é".encode()}),
+        (paths[3], {"authorization": f"Basic {KEY}", "x-api-key": "wrong"}),
     ):
-        for path in ("/api/events", "/api/openapi.json", "/api/nothing", "/api/images/front/x.jpg"):
-            answer = await keyed.get(path, headers=headers)
-            assert answer.status_code == 401, path
-            assert answer.headers["www-authenticate"] == "Bearer"
-            assert "gateway.api_key" in answer.json()["error"]
+        answer = await keyed.get(path, headers=headers)
+        assert answer.status_code == 401, path
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert "gateway.api_key" in answer.json()["error"]
     assert (await keyed.get("/health")).status_code == 200
 
 
@@ -197,7 +197,43 @@ async def test_wrong_keys_are_slowed_down(keyed: httpx.AsyncClient) -> None:
     answer = await keyed.post("/login", data={"key": KEY})
     assert answer.status_code == 429
     assert 0 < int(answer.headers["retry-after"]) <= 60
+
+
+@pytest.mark.parametrize("path", ["/api/events", "/", "/static/app.css", "/login"])
+async def test_wrong_keys_with_requests_are_slowed_down_too(keyed: httpx.AsyncClient, path: str) -> None:
+    for _ in range(5):
+        answer = await keyed.get(path, headers={"authorization": "Bearer guess"})
+        assert answer.status_code != 429
+    guesses = [await keyed.get(path, headers={"authorization": f"Bearer {key}"}) for key in ("guess", KEY)]
+    assert [answer.status_code for answer in guesses] == [429, 429], "one that is right tells nothing"
+    assert guesses[0].text == guesses[1].text
+    assert 0 < int(guesses[1].headers["retry-after"]) <= 60
+    assert (await signed_in(keyed)).status_code == 429, "the login counts with it"
+    assert (await keyed.get("/health", headers={"x-api-key": "guess"})).status_code == 200
+
+
+async def test_who_sends_the_right_key_is_not_shut_out_by_who_does_not(keyed: httpx.AsyncClient) -> None:
     assert (await keyed.get("/api/events", headers={"x-api-key": KEY})).status_code == 200
+    answers = [await keyed.get("/api/events", headers={"x-api-key": "an old key"}) for _ in range(7)]
+    assert [answer.status_code for answer in answers] == [401] * 5 + [429] * 2
+    assert (await keyed.get("/api/events", headers={"x-api-key": KEY})).status_code == 200
+
+
+async def test_who_is_signed_in_has_nothing_to_guess(keyed: httpx.AsyncClient) -> None:
+    await signed_in(keyed)
+    for _ in range(7):
+        assert (await keyed.get("/api/events", headers={"x-api-key": "an old key"})).status_code == 200
+
+
+def test_a_proof_ends_after_a_day() -> None:
+    now = 0.0
+    throttle = Throttle(lambda: now)
+    assert not throttle.is_proven("a")
+    throttle.succeeded("a")
+    assert throttle.is_proven("a")
+    assert not throttle.is_proven("b")
+    now = 86_400.0
+    assert not throttle.is_proven("a")
 
 
 def test_the_throttle_opens_again_and_bounds_everybody_together() -> None:
@@ -223,7 +259,8 @@ def test_the_throttle_remembers_a_bounded_number_of_addresses(monkeypatch: pytes
     throttle = Throttle(lambda: 0.0)
     for n in range(10):
         throttle.failed(str(n))
-    assert len(throttle._of) == 3
+        throttle.succeeded(str(n))
+    assert len(throttle._of) == len(throttle._proven) == 3
 
 
 @pytest.mark.parametrize(

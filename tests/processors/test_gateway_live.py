@@ -198,7 +198,19 @@ def test_a_cursor_survives_being_given_out_and_stays_small() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "W10", "WzEsMV0", "WzEsW1sxLDJdXV0", "\x00", "bnVsbA", "WzFlOTk5LFtdXQ", "Ww" * 3000]
+    "text",
+    [
+        "",
+        "x",
+        "W10",
+        "WzEsMV0",
+        "WzEsW1sxLDJdXV0",
+        "\x00",
+        "bnVsbA",
+        "WzFlOTk5LFtdXQ",
+        "Wy02MjEzNTU5NjgwMDAwMCwgW11d",
+        "Ww" * 3000,
+    ],
 )
 def test_a_cursor_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(InvalidError):

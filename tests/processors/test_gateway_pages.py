@@ -298,9 +298,7 @@ async def test_the_pipeline_names_toys_problems_and_the_way_to_dead_letters(clie
     assert "rewatch dlq ls" in text
     assert "loading its model since 12 s" in text
     assert re.search(r"waits on</span> <bdi>llm", text)
-    real = showcase.health().model_copy(
-        update={"detector": "PekingU/rtdetr_v2_r50vd", "analyst": "", "dead_letters": ()}
-    )
+    real = showcase.health().model_copy(update={"detector": "detector", "analyst": "", "toys": (), "dead_letters": ()})
     client.source.set_health(real)
     text = (await client.get("/pipeline")).text
     assert "toy" not in text

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from streams.claims import ClaimStore
 from streams.delivery import FencedProducer
 from streams.errors import UnavailableError, UncertainError
 from streams.kafka import Kafka
+from streams.liveness import Liveness
 from streams.topics import partition_of
 from tests.conftest import PARTITIONS
 from tests.processors import gateway_kit as kit
@@ -385,6 +387,31 @@ async def test_health_tells_of_log_and_store_at_once(mine: Settings, source: Sto
     assert stages["detect"].latency_p50_ms == 50.0
     assert stages["analyze"].latency_p50_ms == 2950.0
     assert await source.health() is health  # not older than two seconds
+
+
+async def test_models_are_toys_by_their_weights_whatever_their_names(mine: Settings) -> None:
+    records = window("front", AT)
+    await kit.store(mine, records)
+    # The verdict's own, not the detector's.
+    async with kit.source_of(mine, toys={records[-1].model_digest}) as source:
+        assert (await source.health()).toys == ("analyst",)
+        assert (await source.event(event_id(records))).toy
+    async with kit.source_of(mine, toys={"0" * 64}) as source:
+        assert (await source.health()).toys == ()
+        assert not (await source.event(event_id(records))).toy
+
+
+async def test_a_stage_that_should_be_at_work_here_and_is_not_is_a_problem(mine: Settings) -> None:
+    status = Path(mine.data_dir) / "status" / "detect.json"
+    alive = Liveness("detect")
+    alive.write(status)
+    await kit.store(mine, [camera("front")])
+    async with kit.source_of(mine, expected=lambda: {"detect": "detect.log", "sink": "sink.log"}) as source:
+        health = await source.health()
+    status.unlink()
+    assert [problem.service for problem in health.problems] == ["sink"]
+    assert "sink.log" in health.problems[0].message
+    assert health.status == "degraded"
 
 
 async def test_health_names_what_is_away_and_the_fix(mine: Settings) -> None:

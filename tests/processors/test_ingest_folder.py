@@ -477,7 +477,7 @@ class TestCursor:
 
 
 async def test_a_name_that_is_not_utf_8_ends_no_watching(inbox, log):
-    """watchfiles cannot tell of such a name and ends; what comes after it must not wait for the next look around."""
+    """`watchfiles` cannot tell of such a name and ends; what comes after it must not wait for the next look around."""
     inbox.root.mkdir(parents=True)
     made = appenders(log, inbox.tmp_path, cameras=inbox.cameras)
     watched = Folder(FolderSettings(root=inbox.root, stable_s=0.01, poll_s=0.05, rescan_s=3600), made)

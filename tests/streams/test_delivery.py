@@ -1,6 +1,7 @@
 """The fence and the transaction, on the real broker."""
 
 import asyncio
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from aiokafka.structs import OffsetAndMetadata
 from schemas.records import DeadLetter
 from streams import codec
 from streams.delivery import DEAD_LETTER_INLINE, FencedProducer, Ownership, let_go
-from streams.errors import FencedError, UnprocessableError
+from streams.errors import FencedError, UncertainError, UnprocessableError
 from streams.kafka import MAX_RECORD_BYTES, Kafka, KafkaSettings
 from streams.messages import REDRIVE, Emit, Incoming
 from tests.streams.conformance.harness import road
@@ -62,6 +63,50 @@ async def test_results_and_position_commit_together(kafka: Kafka, tmp_path: Path
         await producer.close()
 
 
+async def test_a_transaction_larger_than_a_batch_is_split_and_tells_each_record_s_offset(
+    kafka: Kafka, tmp_path: Path
+) -> None:
+    """Topics and partitions mixed, as a stage emits them; one record is as large as a record may be."""
+    async with road(kafka, tmp_path) as on:
+        most = MAX_RECORD_BYTES - 65_536
+        sizes = [10, 700_000, 700_000, 10, most, 10, 0, *[200_000] * 20]
+        emits = [
+            Emit(topic, b"k", b"%03d" % number + bytes(size), (("n", b"%d" % number),), partition)
+            for number, size in enumerate(sizes)
+            for topic, partition in ((on.target, 0), (on.source, 0), (on.target, 1))
+        ]
+        producer = FencedProducer(kafka, kafka.transactional_id("toy", 3))
+        await producer.open()
+        tp = TopicPartition(on.source, 3)
+        for again in range(2):  # the second goes on behind the first and its marker
+            offsets = await producer.transact(emits, offsets=(kafka.group("toy"), {tp: OffsetAndMetadata(again, "e")}))
+            since = again * (len(sizes) + 1)
+            assert offsets == [since + number for number in range(len(sizes)) for _ in range(3)]
+        assert await kafka.committed(kafka.group("toy"), tp) == (1, "e")
+        await producer.close()
+        for one in (TopicPartition(on.target, 0), TopicPartition(on.source, 0), TopicPartition(on.target, 1)):
+            found = await kafka.read([one])
+            mine = [emit for emit in emits if (emit.topic, emit.partition) == one]
+            assert list(map(gist, found)) == list(map(gist, (*mine, *mine)))
+
+
+async def test_a_transaction_that_fails_leaves_none_of_its_batches(kafka: Kafka, tmp_path: Path) -> None:
+    """Its last record is more than a broker takes; batches before it were appended by then."""
+    async with road(kafka, tmp_path) as on:
+        name = kafka.transactional_id("toy", 4)
+        first, second = FencedProducer(kafka, name), FencedProducer(kafka, name)
+        await first.open()
+        sizes = [700_000] * 5 + [MAX_RECORD_BYTES + 1]
+        with pytest.raises(UncertainError, match="MessageSizeTooLarge"):
+            await first.transact([Emit(on.target, b"k", bytes(size), partition=0) for size in sizes])
+        await second.open()
+        await second.transact([Emit(on.target, b"k", b"successor", partition=0)])
+        assert [record.value or b"" for record in await on.output() if len(record.value or b"") < 100] == [b"successor"]
+        assert len(await on.output()) == 1
+        await first.close()
+        await second.close()
+
+
 async def test_closing_in_the_middle_of_a_transaction_takes_no_time(kafka: Kafka, tmp_path: Path) -> None:
     async with road(kafka, tmp_path) as on:
         producer = FencedProducer(kafka, kafka.transactional_id("toy", 2))
@@ -88,6 +133,12 @@ async def test_a_cancellation_while_letting_go_reaches_the_caller() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+def gist(one: Emit | Incoming) -> tuple[bytes | None, int, bytes, object]:
+    """All of it, short enough to be shown."""
+    value = one.value or b""
+    return one.key, len(value), hashlib.sha256(value).digest(), one.headers
 
 
 HUGE = 3_900_000

@@ -197,14 +197,16 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def working(stage: Any, hold: Hold, *, ours: Sequence[bool] = ()) -> AsyncIterator[PartitionWorker]:
+async def working(
+    stage: Any, hold: Hold, *, ours: Sequence[bool] = (), slots: int = 1
+) -> AsyncIterator[PartitionWorker]:
     answers = list(ours)
 
     async def still_ours() -> bool:
         return answers.pop(0) if answers else True
 
     life = Liveness("toy").partition("in-2")
-    worker = PartitionWorker(stage, hold, life, still_ours=still_ours, slots=asyncio.Semaphore(1))
+    worker = PartitionWorker(stage, hold, life, still_ours=still_ours, slots=asyncio.Semaphore(slots))
     task = asyncio.create_task(worker.run())
     try:
         yield worker
@@ -218,6 +220,195 @@ async def position(hold: Hold, reached: int) -> None:
     async with asyncio.timeout(20):
         while hold.position < reached:
             await asyncio.sleep(0)
+
+
+async def turns(count: int = 50) -> None:
+    """Let everything that can go on go on."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+class Echo:
+    """A map stage. A record whose value is the name of a gate waits until that is open; `broken` ones cannot be done.
+
+    Every result has `size` bytes more.
+    """
+
+    name = "toy"
+    inputs = ("in",)
+    outputs = ("out",)
+
+    def __init__(self, concurrency: int = 4, size: int = 0) -> None:
+        self.concurrency = concurrency
+        self.gates = {b"one": asyncio.Event(), b"other": asyncio.Event()}
+        self.begun: list[int] = []
+        self.running = 0
+        self._padding = bytes(size)
+
+    async def handle(self, one: Incoming) -> Sequence[Emit]:
+        self.begun.append(one.offset)
+        self.running += 1
+        try:
+            if one.value in self.gates:
+                await self.gates[one.value].wait()
+            if one.value == b"broken":
+                raise ZeroDivisionError
+            if one.value == b"stray":
+                raise asyncio.CancelledError
+            return [Emit("out", b"%d" % one.offset, self._padding)]
+        finally:
+            self.running -= 1
+
+    async def close(self) -> None:
+        pass
+
+
+def outputs(hold: Hold) -> list[int]:
+    return [int(emit.key) for emit in hold.emits if emit.topic == "out"]
+
+
+async def test_results_come_out_in_the_order_of_their_records_whichever_is_done_first() -> None:
+    stage, hold = Echo(), Hold(Log())
+    async with working(stage, hold, slots=4) as worker:
+        for offset in range(40):
+            worker.buffer.add(record(offset, {0: b"one", 17: b"other"}.get(offset, b"x")))
+        await turns()
+        assert stage.begun == list(range(40))
+        assert hold.positions == []  # the first one is not done
+        stage.gates[b"one"].set()
+        await position(hold, 17)
+        await turns()
+        assert hold.position == 17
+        stage.gates[b"other"].set()
+        await position(hold, 40)
+    assert outputs(hold) == list(range(40))
+
+
+async def test_a_lone_record_is_committed_without_waiting_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.partition._GATHER_S", 3600.0)
+    monkeypatch.setattr("streams.partition._GATHER_SHARE", 1e12)
+    hold = Hold(Log())
+    async with working(Echo(), hold) as worker:
+        for offset in range(3):
+            worker.buffer.add(record(offset))
+            await position(hold, offset + 1)
+    assert hold.positions == [1, 2, 3]
+
+
+async def test_results_wait_for_those_of_records_in_work_and_share_a_transaction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("streams.partition._GATHER_S", 3600.0)
+    monkeypatch.setattr("streams.partition._GATHER_SHARE", 1e12)
+    stage, hold = Echo(), Hold(Log())
+    async with working(stage, hold, slots=4) as worker:
+        for offset in range(20):
+            worker.buffer.add(record(offset, b"one" if offset == 19 else b"x"))
+        await turns()
+        assert hold.positions == []
+        stage.gates[b"one"].set()
+        await position(hold, 20)
+    assert hold.positions == [20]
+
+
+async def test_results_wait_no_longer_than_a_share_of_their_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.partition._GATHER_S", 0.01)
+    monkeypatch.setattr("streams.partition._GATHER_SHARE", 1e12)
+    stage, hold = Echo(), Hold(Log())
+    async with working(stage, hold, slots=4) as worker:
+        for offset in range(20):
+            worker.buffer.add(record(offset, b"one" if offset == 19 else b"x"))
+        await position(hold, 19)  # the last one never ends
+        monkeypatch.setattr("streams.partition._GATHER_S", 3600.0)
+        monkeypatch.setattr("streams.partition._GATHER_SHARE", 0.0)
+        worker.buffer.add(record(20, b"other"))
+        worker.buffer.add(record(21, b"one"))
+        stage.gates[b"other"].set()
+        await turns()
+        assert hold.position == 19
+        stage.gates[b"one"].set()
+        await position(hold, 22)
+    assert outputs(hold) == list(range(22))
+
+
+async def test_behind_a_slow_record_no_more_is_done_than_a_transaction_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.partition._WINDOW", 5)
+    stage, hold = Echo(), Hold(Log())
+    async with working(stage, hold, slots=4) as worker:
+        for offset in range(40):
+            worker.buffer.add(record(offset, b"x" if offset else b"one"))
+        await turns()
+        assert stage.begun == list(range(5))
+        stage.gates[b"one"].set()
+        await position(hold, 40)
+    assert outputs(hold) == list(range(40))
+
+
+async def test_behind_a_slow_record_others_are_held_by_their_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.partition._WINDOW_BYTES", 1000)
+    stage, hold = Echo(), Hold(Log())
+    async with working(stage, hold, slots=4) as worker:
+        worker.buffer.add(record(0, b"one"))
+        for offset in range(1, 40):
+            worker.buffer.add(record(offset, bytes(300)))
+        await turns()
+        assert stage.begun == list(range(5))  # the fourth of 300 bytes is the one that reaches 1,000
+        stage.gates[b"one"].set()
+        await position(hold, 40)
+    assert outputs(hold) == list(range(40))
+
+
+async def test_behind_a_slow_record_results_are_held_by_their_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.partition._WINDOW_BYTES", 1000)
+    stage, hold = Echo(size=300), Hold(Log())
+    async with working(stage, hold, slots=4) as worker:
+        for offset in range(40):  # little ones, taken all at once
+            worker.buffer.add(record(offset, b"" if offset else b"one"))
+        await turns()
+        assert stage.begun == list(range(5))
+        stage.gates[b"one"].set()
+        await position(hold, 40)
+    assert outputs(hold) == list(range(40))
+
+
+async def test_a_result_as_large_as_a_whole_window_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.partition._WINDOW_BYTES", 1000)
+    monkeypatch.setattr("streams.partition._COMMIT_BYTES", 500)
+    hold = Hold(Log())
+    async with working(Echo(size=5000), hold, slots=4) as worker:
+        for offset in range(20):
+            worker.buffer.add(record(offset, bytes(5000)))
+        await position(hold, 20)
+    assert hold.positions == list(range(1, 21))
+
+
+@pytest.mark.parametrize("value", [b"broken", b"stray"], ids=["an exception", "a cancellation that nobody sent"])
+async def test_a_record_that_breaks_its_stage_three_times_is_dead_lettered_in_its_place(value: bytes) -> None:
+    stage, hold = Echo(), Hold(Log())
+    async with working(stage, hold, slots=4) as worker:
+        for offset in range(10):
+            worker.buffer.add(record(offset, b"x" if offset % 5 else value))
+        await position(hold, 10)
+    assert hold.acquired == 1
+    assert [emit.topic for emit in hold.emits] == [("out" if offset % 5 else "dead_letters") for offset in range(10)]
+    letter = hold.emits[5]
+    read = codec.decode(Incoming("dead_letters", "e", 2, 0, letter.key, letter.value, letter.headers), DeadLetter)
+    assert (read.origin, read.value, read.attempt) == ("in:e1:2:5", value, 3)
+    assert stage.begun.count(5) == 3
+
+
+async def test_after_an_unknown_outcome_nothing_of_the_earlier_attempt_runs_on() -> None:
+    stage, hold = Echo(), Hold(Log(), [UncertainError("unknown")])
+    async with working(stage, hold, slots=4) as worker:
+        for offset in range(10):
+            worker.buffer.add(record(offset, b"one" if offset == 4 else b"x"))
+        async with asyncio.timeout(20):
+            while stage.begun.count(4) < 2:
+                await asyncio.sleep(0)
+        assert stage.running == 1
+        stage.gates[b"one"].set()
+        await position(hold, 10)
+    assert outputs(hold) == list(range(10))
 
 
 async def test_a_fold_that_breaks_three_times_on_a_record_dead_letters_it_and_goes_on() -> None:
@@ -343,6 +534,85 @@ async def test_whichever_commit_fails_a_range_has_the_same_rows_each_time(
     assert sorted(offset for offsets in rows.values() for offset in offsets) == list(range(6))
     said = [codec.decode_state(one, SinkState) for one in hold.kafka.records]  # type: ignore[attr-defined]
     assert rows.keys() == {(state.lo, state.hi) for state in said if state is not None}
+
+
+class World:
+    """What outlives a sink: the log, what is committed, the table. At one of its steps the sink dies."""
+
+    def __init__(self, records: int, dies_at: int) -> None:
+        self.log = [record(offset) for offset in range(records)]
+        self.position = 0
+        self.states: list[Incoming] = []
+        self.tokens: dict[str, list[int]] = {}
+        self.dies_at = dies_at
+        self.died = asyncio.Event()
+
+    async def step(self) -> None:
+        """Where a kill can come between two things that last."""
+        self.dies_at -= 1
+        if self.dies_at == -1:
+            self.died.set()
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+
+
+class Mortal(Hold, Table):
+    """A sink's hold and its table, in a world that both share with their successors."""
+
+    def __init__(self, world: World) -> None:
+        Hold.__init__(self, Log())
+        Table.__init__(self)
+        self.world = world
+        self.kafka.records = world.states  # type: ignore[attr-defined]
+
+    async def acquire(self) -> None:
+        await self.world.step()
+        self.position = self.world.position
+
+    async def commit(self, emits: Sequence[Emit], position: int) -> None:
+        await self.world.step()
+        self.world.position = position
+        self.world.states += [Incoming("sink_state", "e", 2, 0, e.key, e.value, e.headers) for e in emits]
+        await self.world.step()
+        self.position = position
+
+    async def insert(self, span: Range, records: Sequence[Incoming]) -> None:
+        await self.world.step()
+        rows = [one.offset for one in records]
+        assert self.world.tokens.setdefault(span.token("t"), rows) == rows, "other rows under the same token"
+        await self.world.step()
+
+
+async def test_wherever_a_sink_is_killed_its_successor_inserts_the_same_ranges_and_every_row_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("streams.partition.BUFFER_RECORDS", 2)
+    killed_before_an_insert = 0
+    for dies_at in range(100):
+        world = World(records=8, dies_at=dies_at)
+        first = Mortal(world)
+        async with working(first, first) as worker:
+            for one in world.log:
+                worker.buffer.add(one)
+            async with asyncio.timeout(20):
+                while first.position < 8 and not world.died.is_set():
+                    await asyncio.sleep(0)
+        if not world.died.is_set():
+            break
+        said = [state for state in (codec.decode_state(one, SinkState) for one in world.states) if state is not None]
+        killed_before_an_insert += len(said) > len(world.tokens) > 0
+        second = Mortal(world)
+        async with working(second, second) as worker:
+            for one in world.log[world.position :]:
+                worker.buffer.add(one)
+            async with asyncio.timeout(20):
+                while world.position < 8:
+                    await asyncio.sleep(0)
+        assert sorted(row for rows in world.tokens.values() for row in rows) == list(range(8))
+    else:
+        pytest.fail("it never came to its end")
+    assert dies_at > 15
+    assert killed_before_an_insert >= 6  # three chained commits, each with a moment after it and one in the insert
 
 
 def pending(lo: int, hi: int, rows: int) -> Incoming:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -13,7 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from streams import serving
-from streams.serving import EndpointSettings, listen, serve
+from streams.serving import EndpointSettings, SettingsError, listen, serve
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
@@ -21,6 +22,11 @@ HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 class Settings(EndpointSettings):
     section: ClassVar[str] = "toy"
     port: int = 0
+
+
+def test_a_certificate_that_cannot_be_used_is_told_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"toy\.tls_cert_path or \.tls_key_path cannot be used"):
+        listen(Settings(tls_cert_path=tmp_path / "none.pem", tls_key_path=tmp_path / "none.key"))
 
 
 async def echo(request: Request) -> Response:

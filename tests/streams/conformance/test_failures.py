@@ -61,6 +61,19 @@ async def test_a_zombie_that_comes_back_changes_nothing(kafka: Kafka, host: str,
         await on.until_echoed()
 
 
+async def test_members_that_come_and_go_under_load_change_nothing(kafka: Kafka, host: str, tmp_path: Path) -> None:
+    """Each time the group moves, what a host has fetched and not handed on is read again, in other portions."""
+    async with road(kafka, tmp_path) as on, worker(on.settings(host, "echo")) as first:
+        async with on.load(2000):
+            await until(lambda: _committed([first]))
+            for _ in range(2):
+                async with worker(on.settings(host, "echo")) as second:
+                    await until(lambda: _committed([second]))
+                    await second.terminate(within=10)
+                await until(lambda: _owns(first, PARTITIONS))
+        await on.until_echoed()
+
+
 async def test_produce_requests_that_arrive_after_their_process_died(kafka: Kafka, host: str, tmp_path: Path) -> None:
     broker = int(kafka.settings.bootstrap_servers.rpartition(":")[2])
     async with DelayingProxy(broker).running() as proxy, road(kafka, tmp_path) as on:

@@ -9,7 +9,7 @@ import pytest
 from aiokafka.admin import RecordsToDelete
 from aiokafka.protocol.admin import DeleteGroupsRequest
 
-from streams.kafka import Kafka
+from streams.kafka import MAX_RECORD_BYTES, Kafka
 from streams.messages import SOURCE, Tick
 from tests.streams.conformance.harness import Road, hosting, road, until
 from tests.streams.conformance.toys import EchoStage
@@ -36,6 +36,23 @@ async def test_every_record_comes_out_once_in_order_on_its_own_partition(
         assert all((r.value or b"").decode().startswith(f"{r.partition}/") for r in output)
         assert output[0].header(SOURCE) == f"{on.source}:{on.epoch}:{output[0].partition}:0".encode()
         assert (tmp_path / "closed").exists()
+
+
+async def test_records_as_large_as_they_may_be_come_out_whole(kafka: Kafka, host: str, tmp_path: Path) -> None:
+    """Each is a fetch, a window and a transaction of its own; small ones stand before and behind it."""
+    async with road(kafka, tmp_path) as on:
+        # What a result carries besides: its key, and where it came from.
+        large = [b"%d" % number + bytes(MAX_RECORD_BYTES - 70_000) for number in range(5)]
+        for value in large:
+            await on.send(1, partition=1)
+            await on.producer.send_and_wait(on.source, value, key=b"camera-1", partition=1)
+            await on.send(1, partition=1)
+        running, _ = echo(host, on)
+        async with hosting(running.run):
+            await until(lambda: _echoed(on, 15))
+        values = [record.value or b"" for record in await on.output()]
+        assert all(value == sent for value, sent in zip(values[1::3], large, strict=True))
+        assert [value.decode() for value in values if len(value) < 100] == on.sent
 
 
 async def test_records_of_an_aborted_transaction_never_reach_the_stage(kafka: Kafka, host: str, tmp_path: Path) -> None:

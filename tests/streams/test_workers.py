@@ -1,0 +1,174 @@
+"""The partitions of one process side by side: what they share, and what is left when they go; no broker."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiokafka import TopicPartition
+
+from streams.delivery import Ownership
+from streams.kafka import Kafka, KafkaSettings
+from streams.messages import Emit, Incoming
+from streams.workers import Workers
+
+IN = [TopicPartition("in", partition) for partition in range(4)]
+
+
+class Hold(Ownership):
+    """An ownership whose broker takes everything."""
+
+    def __init__(self, kafka: Kafka, stage: str, tp: TopicPartition, *, epoch: Any, **_: Any) -> None:
+        super().__init__(kafka, stage, tp, epoch=epoch)
+
+    async def acquire(self) -> None:
+        await asyncio.sleep(0)
+
+    async def commit(self, _emits: Sequence[Emit], position: int) -> None:
+        await asyncio.sleep(0)
+        self.position = position
+
+    async def release(self) -> None:
+        pass
+
+
+class Busy:
+    """A map stage that gives others a turn so often in each record, and counts what runs at once."""
+
+    name = "busy"
+    inputs = ("in",)
+    outputs = ("out",)
+
+    def __init__(self, concurrency: int, turns: int) -> None:
+        self.concurrency = concurrency
+        self.turns = turns
+        self.running = 0
+        self.most = 0
+        self.begun: list[int] = []
+        """Partitions, in the order of their records' beginnings."""
+
+    async def handle(self, record: Incoming) -> Sequence[Emit]:
+        self.begun.append(record.partition)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            for _ in range(self.turns):
+                await asyncio.sleep(0)
+        finally:
+            self.running -= 1
+        return [Emit("out", b"k", b"v")]
+
+    async def close(self) -> None:
+        pass
+
+
+class Deaf(Busy):
+    """One that takes no notice of a first cancellation, as `asyncio.wait_for` of Python 3.11 can."""
+
+    async def handle(self, record: Incoming) -> Sequence[Emit]:
+        try:
+            await super().handle(record)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+        return []
+
+
+@asynccontextmanager
+async def sharing(stage: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Workers]:
+    monkeypatch.setattr("streams.workers.MeteredOwnership", Hold)
+
+    async def still_ours(_: TopicPartition) -> bool:
+        return True
+
+    workers = Workers(Kafka(KafkaSettings()), stage, epochs=lambda _: "e", still_ours=still_ours)
+    try:
+        yield workers
+    finally:
+        await workers.close()
+
+
+def feed(workers: Workers, partition: int, count: int, since: int = 0) -> None:
+    for offset in range(since, since + count):
+        workers.feed(Incoming("in", "e", partition, offset, b"k", b"v", ()))
+
+
+def position(workers: Workers, partition: int) -> int:
+    return workers._running[IN[partition]][0].ownership.position
+
+
+async def done(workers: Workers, partition: int, count: int) -> None:
+    async with asyncio.timeout(20):
+        while position(workers, partition) < count:
+            await asyncio.sleep(0)
+
+
+async def test_all_partitions_together_have_as_many_records_in_work_as_the_stage_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = Busy(concurrency=3, turns=5)
+    async with sharing(stage, monkeypatch) as workers:
+        for partition in range(4):
+            feed(workers, partition, 100)
+        for partition in range(4):
+            await done(workers, partition, 100)
+    assert stage.most == 3
+    assert Counter(stage.begun) == dict.fromkeys(range(4), 100)
+
+
+async def test_a_backlog_of_quick_records_leaves_other_partitions_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They never wait, so nothing would come between them by itself."""
+    monkeypatch.setattr("streams.partition._TURN", 5)
+    stage = Busy(concurrency=4, turns=0)
+    async with sharing(stage, monkeypatch) as workers:
+        await begun(stage, workers)
+        feed(workers, 0, 1000, since=1)
+        feed(workers, 1, 1, since=1)
+        await done(workers, 1, 2)
+        assert stage.begun.index(1) < 100
+        await done(workers, 0, 1001)
+
+
+async def test_a_backlog_of_slow_records_leaves_other_partitions_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A partition queues for no more slots than there are."""
+    stage = Busy(concurrency=4, turns=3)
+    async with sharing(stage, monkeypatch) as workers:
+        await begun(stage, workers)
+        feed(workers, 0, 1000, since=1)
+        async with asyncio.timeout(20):
+            while len(stage.begun) < 100:
+                await asyncio.sleep(0)
+        feed(workers, 1, 1, since=1)
+        await done(workers, 1, 2)
+        assert stage.begun.index(1) < 120
+        await done(workers, 0, 1001)
+
+
+async def begun(stage: Busy, workers: Workers) -> None:
+    """Two partitions have been at work, and are not now."""
+    for partition in range(2):
+        feed(workers, partition, 1)
+        await done(workers, partition, 1)
+    stage.begun.clear()
+
+
+@pytest.mark.parametrize("kind", [Busy, Deaf])
+async def test_what_is_revoked_in_the_middle_of_its_work_leaves_nothing_running(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Busy]
+) -> None:
+    before = asyncio.all_tasks()
+    stage = kind(concurrency=3, turns=10**9)
+    async with sharing(stage, monkeypatch) as workers:
+        for partition in range(4):
+            feed(workers, partition, 100)
+        async with asyncio.timeout(20):
+            while stage.running < 3:
+                await asyncio.sleep(0)
+        begun = len(stage.begun)
+        async with asyncio.timeout(5):
+            await workers.revoke(IN)
+        assert stage.running == 0
+        assert asyncio.all_tasks() == before
+        # Whoever waited for a slot that came free in that moment may have got it; nobody went on to a second record.
+        assert len(stage.begun) <= begun + 3
