@@ -71,7 +71,7 @@ class ClaimStore:
             for directory in (target.parent, target.parent.parent, self._local):
                 _fsync_directory(directory)
         except OSError as error:
-            raise UnavailableError("disk", f"cannot write images to {self._root} (images.store): {error}") from error
+            raise UnavailableError("disk", f"cannot write images to {self._root} (images): {error}") from error
         return claim
 
     def _get(self, claim: str, sha256: str) -> bytes:
@@ -82,9 +82,9 @@ class ClaimStore:
             with fsspec.open(f"{self._root}/{self._name(sha256)}", "rb") as source:
                 data = bytes(source.read())
         except FileNotFoundError:
-            raise UnprocessableError(f"image {sha256} is not in {self._root} (images.store)") from None
+            raise UnprocessableError(f"image {sha256} is not in {self._root} (images)") from None
         except OSError as error:
-            raise UnavailableError("images", f"cannot read {self._root} (images.store): {error}") from error
+            raise UnavailableError("images", f"cannot read {self._root} (images): {error}") from error
         if hashlib.sha256(data).hexdigest() != sha256:
             raise UnprocessableError(f"image {sha256} in {self._root} is corrupt")
         return data
