@@ -92,7 +92,7 @@ class Installation:
             needs=tuple(need for need, local in needs.items() if local),
             patient=True,
             ready=lambda: _ready(stage, status),
-            stalled=None if stage in topology.DOORS else Watchdog(status).stalled,
+            stalled=Watchdog(status).stalled,
             cleanup=lambda: status.unlink(missing_ok=True),
             ready_timeout=_READY_S,
         )

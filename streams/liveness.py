@@ -5,6 +5,7 @@ up, or waits on something that it names. Only an unexplained stall is a reason t
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import time
@@ -12,6 +13,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+import structlog
+
+log = structlog.get_logger(__name__)
 
 # Longer than any usual pause of a healthy worker: a rebalance takes up to 10 s, an acquire about a second.
 STALL_S = 45.0
@@ -140,8 +145,16 @@ class Liveness:
         }
 
     def write(self, path: Path) -> None:
-        """Put the report where `rewatch status` and the supervisor read it; readers never see half of one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Put the report where `rewatch status` and the supervisor read it; readers never see half of one.
+
+        A full disk ends no work: the old report is touched then, which needs no space, and says: alive.
+        """
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(self.report()))
-        part.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(self.report()))
+            part.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            log.warning("status not written", path=str(path), error=str(error))

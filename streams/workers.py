@@ -5,7 +5,6 @@ A host calls `feed` for each record, `revoke` when partitions go, and asks `full
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
@@ -96,12 +95,7 @@ class Workers:
             return
         try:
             while True:
-                try:
-                    self.liveness.write(self._status)
-                except OSError as error:  # a full disk ends no work: touching the file needs no space
-                    with contextlib.suppress(OSError):
-                        os.utime(self._status)
-                    log.warning("status not written", path=str(self._status), error=str(error))
+                self.liveness.write(self._status)
                 await asyncio.sleep(_REPORT_EVERY_S)
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -98,10 +98,7 @@ class Service:
         while not stop.is_set():
             life.polled()
             if self._status is not None:
-                try:
-                    life.write(self._status)
-                except OSError as error:  # a full disk: what waits on it says so by itself
-                    log.warning("status not written", path=str(self._status), error=str(error))
+                life.write(self._status)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), _REPORT_EVERY_S)
 

@@ -103,10 +103,7 @@ class Service:
             waits = self.waiting_on()
             life.waiting_on = ", ".join(waits) or None
             if self._status is not None:
-                try:
-                    life.write(self._status)
-                except OSError as error:  # a full disk: what waits on it says so by itself
-                    log.warning("status not written", path=str(self._status), error=str(error))
+                life.write(self._status)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), _REPORT_EVERY_S)
 

@@ -1,8 +1,12 @@
 """Only an unexplained stall is a reason to restart a worker."""
 
 import asyncio
+import errno
 import json
+import os
 from pathlib import Path
+
+import pytest
 
 from streams.liveness import STALL_S, Liveness
 
@@ -124,3 +128,21 @@ async def test_waiting_for_a_slot_behind_other_partitions_is_no_stall() -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert not slots.locked()
+
+
+def test_a_report_that_cannot_be_written_still_says_that_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life = Liveness("toy")
+    status = tmp_path / "toy.json"
+    life.write(status)
+    written = status.read_text()
+    os.utime(status, (1, 1))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    life.write(status)
+    assert status.stat().st_mtime > 1
+    assert status.read_text() == written
