@@ -130,6 +130,23 @@ _FORMAT_CLAUSE = re.compile(rb"(?is)\bFORMAT\s+(\w+)\s*(?:SETTINGS\s.*)?;?\s*$")
 _PLAIN_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
+# chDB has neither users nor a folder that file functions are held to, and whoever has an account on this machine can
+# ask it: a query must not read others' files (/proc/*/environ among them), nor call programs or other hosts. The text
+# is searched as it is, literals too: telling them apart is what an attacker would play with.
+_BETWEEN = rb"(?:\s|/\*.*?\*/|(?:--|\#)[^\n]*\n)*"
+_OUTSIDE = re.compile(
+    rb"\b(?:INFILE|OUTFILE)\b|(?:\b(?:file|fileCluster|filesystem|url|urlCluster|http|https|s3\w*|gcs|oss|cosn|"
+    rb"azureBlobStorage\w*|hdfs\w*|iceberg\w*|deltaLake\w*|hudi\w*|paimon\w*|remote|remoteSecure|cluster\w*|distributed|"
+    rb"mysql|postgresql|materializedPostgreSQL|mongodb|redis|sqlite|odbc|jdbc|ytsaurus|arrowFlight|executable\w*|python|"
+    rb"kafka|nats|rabbitmq|clickhouse|disk|backup)|\\[^`\"\s]*(?=[`\"]))[`\"]?" + _BETWEEN + rb"\(",
+    re.IGNORECASE | re.DOTALL,
+)
+# Behind this an insert's data begin, which may hold anything.
+_INSERTED = re.compile(
+    rb"(?is)\s*INSERT\s+INTO\s+(?:TABLE\s+)?[\w.`\"]+\s*(?:\([^()]*\)\s*)?(?:SETTINGS\s[^()\n]*?)?FORMAT\s+\w+"
+)
+
+
 class QueryError(Exception):
     """The engine refused a query; `code` is ClickHouse's error number."""
 
@@ -169,6 +186,12 @@ class Query:
     def returns_rows(self) -> bool:
         """Whether the statement has a result set, possibly an empty one."""
         return _RETURNS_ROWS.match(self.text) is not None
+
+    @property
+    def reaches_outside(self) -> bool:
+        """Whether the statement names a function, engine or clause that leads to files, programs or other hosts."""
+        data = _INSERTED.match(self.text)
+        return _OUTSIDE.search(self.text[: data.end()] if data else self.text) is not None
 
     @property
     def streams(self) -> bool:
@@ -378,6 +401,11 @@ class Server:
         if query.returns_rows:
             headers["X-ClickHouse-Format"] = query.output_format
         try:
+            if query.reaches_outside:
+                raise QueryError(
+                    "Code: 497. DB::Exception: the embedded ClickHouse reads and writes its own tables only: no files, "
+                    "programs or other hosts. (ACCESS_DENIED)"
+                )
             wait = request.query_params.get("wait_end_of_query", "0") not in {"0", "false"}
             if query.streams and not wait:
                 return await self._stream(query, headers, request)

@@ -141,6 +141,10 @@ class _Upload:
         return bytes(body)
 
     def _check_key(self, request: Request) -> None:
+        # Cameras and programs send no Origin. A browser does, for whatever page it shows: no page has business here,
+        # and without a key any page could put pictures on a camera.
+        if "origin" in request.headers or request.headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}:
+            raise HTTPException(403, "uploads by web pages are refused here; the gateway takes those of its own page")
         if not self._settings.lets_in(request.headers):
             raise HTTPException(
                 401,

@@ -225,6 +225,33 @@ def test_a_bad_row_leaves_nothing(url, table):
     assert post(url, f"SELECT count() FROM {table}".encode()).text == "0\n"
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT * FROM file('/proc/self/environ', 'LineAsString')",
+        "SELECT file('/etc/passwd')",
+        "SELECT * FROM `file` /* x */ ('/etc/passwd')",
+        "SELECT * FROM FILE -- x\n('/etc/passwd')",
+        "SELECT * FROM `fi\\x6ce`('/etc/passwd')",
+        "SELECT $a$'$a$, file('/etc/passwd')",
+        "SELECT * FROM url('http://127.0.0.1:1/', 'LineAsString')",
+        "CREATE TABLE t (x String) ENGINE = File(LineAsString, '/etc/passwd')",
+        "CREATE TABLE t (x String) ENGINE = Executable('id', TSV)",
+        "INSERT INTO FUNCTION file('/tmp/x', 'TSV') SELECT 1",
+        "INSERT INTO t FROM INFILE '/etc/passwd' FORMAT LineAsString",
+        "SELECT 1 INTO OUTFILE '/tmp/x'",
+    ],
+)
+def test_no_query_reaches_files_programs_or_other_hosts(url, query):
+    answer = post(url, query.encode())
+    assert (answer.status_code, answer.headers["x-clickhouse-exception-code"]) == (500, "497")
+
+
+def test_what_is_inserted_may_hold_any_text(url, table):
+    assert post(url, f"INSERT INTO {table} FORMAT TSV\n7\tfile('/etc/passwd')\n".encode()).status_code == 200
+    assert "file(" in post(url, f"SELECT * FROM {table} WHERE 1".encode()).text
+
+
 async def test_twenty_concurrent_queries(port):
     client = await clickhouse_connect.get_async_client(host="127.0.0.1", port=port, autogenerate_session_id=False)
     async with client:

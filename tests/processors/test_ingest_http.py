@@ -215,6 +215,22 @@ async def test_too_many_at_once_are_told_to_come_back(client):
     assert (await http.post(URL, content=jpeg(2))).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"Origin": "http://elsewhere"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+)
+async def test_uploads_by_web_pages_are_refused(client, header):
+    http = client()
+    answer = await http.post(URL, content=jpeg(1), headers=header)
+    assert (answer.status_code, "web pages" in answer.text) == (403, True)
+    assert (await http.post(URL, content=jpeg(1))).status_code == 200
+
+
 @pytest.mark.parametrize("header", [{"Authorization": "Bearer s3cret"}, {"X-API-Key": "s3cret"}])
 async def test_a_key_is_asked_for_before_anything_else(client, header):
     http = client(upload={"api_key": "s3cret"})
