@@ -3,25 +3,24 @@
 What `rewatch up` and `rewatch demo` run. Every child is supervised; data stay under `data_dir`.
 """
 
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from infra import topology
 from infra.config import Settings
 from infra.local.llama import LlamaSettings
-from infra.local.process import ProcessSpec
+from infra.local.process import BEHIND, ProcessSpec
 from infra.local.stack import LocalStack
 from processors.sink.store import ClickHouseStore
 from schemas import prompts
 from streams.admin import ensure_topics
 from streams.control import Prompts
 from streams.kafka import Kafka
-from streams.liveness import STALL_S
+from streams.liveness import STALL_S, read_report
 
 # The model is loaded before a stage joins its group: torch's import alone takes up to 9 s on a cold disk.
 _READY_S = 120.0
@@ -93,6 +92,7 @@ class Installation:
             patient=True,
             ready=lambda: _ready(stage, status),
             stalled=Watchdog(status).stalled,
+            nice=BEHIND if stage == "sink" else 0,
             cleanup=lambda: status.unlink(missing_ok=True),
             ready_timeout=_READY_S,
         )
@@ -112,7 +112,7 @@ class Watchdog:
 
     async def stalled(self) -> str | None:
         """The reason, or None while it lives or says what it waits on."""
-        report = _report(self._status)
+        report = read_report(self._status)
         if report is None:
             return None
         touched = self._status.stat().st_mtime_ns  # also where the disk has no room for a report
@@ -126,15 +126,8 @@ class Watchdog:
 
 async def _ready(stage: str, status: Path) -> bool:
     """A stage is ready once it is a member of its group; a door once it listens, and only then it reports."""
-    report = _report(status)
+    report = read_report(status)
     return bool(report and _runs(int(report["pid"])) and (stage in topology.DOORS or report["generation"] >= 0))
-
-
-def _report(status: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(status.read_text())  # type: ignore[no-any-return]
-    except (OSError, json.JSONDecodeError):
-        return None
 
 
 def _runs(pid: int) -> bool:

@@ -22,6 +22,7 @@ from streams.control import Cameras, Prompts
 from streams.kafka import Kafka
 from streams.scraping import Endpoint
 from streams.stages import Stage
+from streams.survey import READS
 
 if TYPE_CHECKING:
     from processors.detect.detector import Detector
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-STAGES = ("detect", "batch", "enrich", "analyze", "sink")
+STAGES = tuple(READS)
 """The stages with an input partition, in the order of the road."""
 
 DOORS = ("ingest", "gateway")
@@ -39,8 +40,6 @@ DOORS = ("ingest", "gateway")
 
 PROCESSES = (*DOORS, *STAGES)
 """Everything that `rewatch run` runs; the order decides the metrics' ports."""
-
-DEMO_MODELS = Path(__file__).parent / "models" / "weights"
 
 
 def status_path(settings: Settings, stage: str) -> Path:

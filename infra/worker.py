@@ -6,7 +6,6 @@ It is `rewatch run STAGE` without the rest of the command line, whose imports wo
 import argparse
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 from pathlib import Path
@@ -21,10 +20,6 @@ from streams.admin import TopicsError
 from streams.serving import SettingsError
 
 log = structlog.get_logger(__name__)
-
-
-BEHIND = 5
-"""Niceness of what keeps things, against what judges them: where both want the same core, a verdict comes first."""
 
 
 def stop_event() -> asyncio.Event:
@@ -62,8 +57,6 @@ def main() -> int:
     parser.add_argument("--metrics-port", type=int, help="0 takes a free one")
     arguments = parser.parse_args()
     logs.to_stderr("info")
-    if arguments.stage == "sink":
-        os.nice(BEHIND)
     try:
         asyncio.run(work(load(arguments.config), arguments.stage, arguments.status, arguments.metrics_port))
     except (ConfigError, TopicsError, SettingsError, ModelError) as error:

@@ -18,8 +18,19 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
+REPORT_EVERY_S = 1.0
+"""How often a process says how it is, seconds."""
+
 # Longer than any usual pause of a healthy worker: a rebalance takes up to 10 s, an acquire about a second.
 STALL_S = 45.0
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """What a process said of itself last; None where it says nothing any more."""
+    try:
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
+    except (OSError, ValueError):  # it ended just now
+        return None
 
 
 class PartitionLife:
@@ -158,3 +169,13 @@ class Liveness:
             with contextlib.suppress(OSError):
                 os.utime(path)
             log.warning("status not written", path=str(path), error=str(error))
+
+    async def tell(self, path: Path | None, stop: asyncio.Event, waiting_on: Callable[[], list[str]] = list) -> None:
+        """Of a process without partitions: look what it waits on and write the report, until the stop."""
+        while not stop.is_set():
+            self.polled()
+            self.waiting_on = ", ".join(waiting_on()) or None
+            if path is not None:
+                self.write(path)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), REPORT_EVERY_S)

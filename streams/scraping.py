@@ -6,7 +6,6 @@ report below one data directory, for Prometheus' `http_sd_configs`: one address 
 
 import asyncio
 import contextlib
-import json
 import socket
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from streams.liveness import read_report
 from streams.serving import EndpointSettings, SettingsError, listen, serve
 
 log = structlog.get_logger(__name__)
@@ -142,10 +142,12 @@ def targets(reports: Path, *, host: str | None = None, now: float | None = None)
     """
     found = []
     for path in sorted(reports.glob("*.json")):
+        report = read_report(path)
+        if report is None:
+            continue
         try:
-            report = json.loads(path.read_text())
             written_at = path.stat().st_mtime
-        except (OSError, ValueError):  # it ended just now
+        except FileNotFoundError:  # it ended just now
             continue
         url = urlsplit(report.get("metrics") or "")
         if url.port is None or (now or time.time()) - written_at > _MISSED_S:

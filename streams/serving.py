@@ -94,6 +94,11 @@ def key_in(headers: Mapping[str, str]) -> str:
     return headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else "")
 
 
+def by_web_page(headers: Mapping[str, str]) -> bool:
+    """Whether a browser sent the request for a page of somewhere else. Cameras and programs send no Origin."""
+    return "origin" in headers or headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}
+
+
 class _Server(uvicorn.Server):
     """Uvicorn without its signal handlers: stopping is the host's, by an event."""
 

@@ -13,16 +13,13 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from streams.kafka import Kafka
-from streams.liveness import STALL_S, Liveness
+from streams.liveness import REPORT_EVERY_S, STALL_S, Liveness
 from streams.messages import Incoming
 from streams.metrics import MeteredOwnership, StageCollector, StageMetrics
 from streams.partition import PartitionWorker
 from streams.stages import MapStage, Stage
 
 log = structlog.get_logger(__name__)
-
-# How often the status file is written, seconds.
-_REPORT_EVERY_S = 1.0
 
 # The work does not happen in the poll loop, so a long poll interval hides nothing: Liveness watches instead.
 MAX_POLL_INTERVAL_MS = 24 * 3_600_000
@@ -96,7 +93,7 @@ class Workers:
         try:
             while True:
                 self.liveness.write(self._status)
-                await asyncio.sleep(_REPORT_EVERY_S)
+                await asyncio.sleep(REPORT_EVERY_S)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 self._status.unlink()

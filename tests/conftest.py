@@ -11,7 +11,7 @@ import pytest_asyncio
 from infra.config import Settings, load
 from infra.local.llama import LlamaSettings
 from infra.local.stack import LocalStack
-from infra.topology import DEMO_MODELS
+from infra.models.library import DEMO
 from streams.admin import ensure_topics
 from streams.kafka import Kafka, KafkaSettings
 
@@ -21,7 +21,7 @@ PARTITIONS = 4
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalStack]:
     """The three servers on free ports, below a temporary directory."""
-    llama = LlamaSettings(model=DEMO_MODELS / "analyst.gguf", port=0, ctx=2048, parallel=2)
+    llama = LlamaSettings(model=DEMO / "analyst.gguf", port=0, ctx=2048, parallel=2)
     async with LocalStack(tmp_path_factory.mktemp("stack"), kafka_port=0, clickhouse_port=0, llama=llama) as servers:
         yield servers
 

@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import logging
-import os
 import re
 import signal
 import socket
@@ -42,7 +41,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from infra.local.process import ProcessSpec, StartError, require_free_port
+from infra.local.process import BEHIND, ProcessSpec, StartError, require_free_port
+from streams.serving import by_web_page
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -387,7 +387,7 @@ class Server:
 
     async def _handle(self, request: Request) -> Response:
         # A web page that someone visits must not reach the store through their browser.
-        if "origin" in request.headers or request.headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}:
+        if by_web_page(request.headers):
             raise HTTPException(403, "requests by web pages are refused")
         query = await _understand(request)
         if query is None:
@@ -540,6 +540,7 @@ def spec(path: Path, port: int, *, setting_name: str = "local.clickhouse_port") 
         prepare=prepare,
         ready=ready,
         port=port,
+        nice=BEHIND,  # the sink keeps it busy
         stop_timeout=15.0,
     )
 
@@ -550,7 +551,6 @@ def main() -> None:
     parser.add_argument("--path", type=Path, required=True, help="the directory of the data")
     parser.add_argument("--port", type=int, default=8123)
     arguments = parser.parse_args()
-    os.nice(5)  # as the sink, which is what keeps it busy: where both want the same core, a verdict comes first
     try:
         require_free_port(HOST, arguments.port, what="The embedded ClickHouse", setting="--port")
         listener = socket.create_server((HOST, arguments.port), backlog=256)

@@ -14,6 +14,8 @@ from pathlib import Path
 LAUNCHER = Path(__file__).with_name("die_with_parent.py")
 POLL_SECONDS = 0.05  # between two readiness checks: the servers take 0.5-3 s to start
 LOG_TAIL_LINES = 20  # enough for a stack trace's last frames and its message
+BEHIND = 5
+"""Niceness of what keeps things, against what judges them: where both want the same core, a verdict comes first."""
 _START = "--- "  # the first line of each run
 LOG_MAX_BYTES = 20 * 1024 * 1024  # then it becomes NAME.log.1: two files a process bound the disk it takes
 
@@ -41,6 +43,7 @@ class ProcessSpec:
         stalled: Asked now and then while it runs; a text is an unexplained stall and restarts the process.
         cleanup: Called once, after the last stop.
         port: Where it listens, for people and for the state file.
+        nice: Niceness, 0 to 19: how far it stands behind the others where they want the same core.
         ready_timeout: Seconds from start to ready before the start counts as failed.
         stop_timeout: Seconds between SIGTERM and SIGKILL.
     """
@@ -55,6 +58,7 @@ class ProcessSpec:
     stalled: Callable[[], Awaitable[str | None]] | None = None
     cleanup: Callable[[], None] | None = None
     port: int | None = None
+    nice: int = 0
     ready_timeout: float = 60.0
     stop_timeout: float = 10.0
 
@@ -91,7 +95,7 @@ class Process:
         self._spawn_log()
         with self.log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-ISE", str(LAUNCHER), str(os.getpid())),
+                *(sys.executable, "-ISE", str(LAUNCHER), str(os.getpid()), str(self.spec.nice)),
                 *self.spec.argv,
                 env={**os.environ, **self.spec.env},
                 stdin=asyncio.subprocess.DEVNULL,

@@ -4,7 +4,6 @@
 """
 
 import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from processors.store.queries import Model, Queries, Row
 from streams import survey as surveys
 from streams.errors import UnavailableError, explain
 from streams.kafka import Kafka
+from streams.liveness import read_report
 from streams.survey import READS, Memory, Position, Survey
 from streams.topics import STORED
 
@@ -112,11 +112,8 @@ def workers(data_dir: Path) -> list[Report]:
     """What the live workers on this data directory say of themselves."""
     reports: list[Report] = []
     for path in sorted((data_dir / "status").glob("*.json")):
-        try:
-            report = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError):  # it ended just now
-            continue
-        if psutil.pid_exists(report["pid"]) and time.time() - report["written_at"] < FRESH_S:
+        report = read_report(path)
+        if report is not None and psutil.pid_exists(report["pid"]) and time.time() - report["written_at"] < FRESH_S:
             reports.append(report)
     return reports
 

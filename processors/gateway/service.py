@@ -1,7 +1,6 @@
 """`rewatch run gateway`: the web door as a process, until told to stop. It needs nobody to be there when it starts."""
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -27,9 +26,6 @@ from streams.scraping import Endpoint
 from streams.serving import SettingsError, listen, serve
 
 log = structlog.get_logger(__name__)
-
-# How often the status file is written, seconds.
-_REPORT_EVERY_S = 1.0
 
 
 class Service:
@@ -79,7 +75,7 @@ class Service:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._end_streams_at(stop), name="gateway stop")
-                group.create_task(self._report(stop), name="gateway status")
+                group.create_task(self.liveness.tell(self._status, stop), name="gateway status")
                 log.info("serving", url=url)
                 self.url.set_result(url)
                 await serve(app, self._settings, listener, stop)
@@ -91,16 +87,6 @@ class Service:
         """Whoever listens would otherwise hold the stop up for as long as answers in hand may take."""
         await stop.wait()
         await self._source.feed.close()
-
-    async def _report(self, stop: asyncio.Event) -> None:
-        """Write how it is, for the supervisor and `rewatch status`, until the stop."""
-        life = self.liveness
-        while not stop.is_set():
-            life.polled()
-            if self._status is not None:
-                life.write(self._status)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), _REPORT_EVERY_S)
 
 
 def build_source(

@@ -17,6 +17,7 @@ from processors.ingest import core
 from processors.ingest.appender import Appenders
 from processors.ingest.settings import UploadSettings
 from streams.errors import UnavailableError
+from streams.serving import by_web_page
 
 log = structlog.get_logger(__name__)
 
@@ -141,9 +142,7 @@ class _Upload:
         return bytes(body)
 
     def _check_key(self, request: Request) -> None:
-        # Cameras and programs send no Origin. A browser does, for whatever page it shows: no page has business here,
-        # and without a key any page could put pictures on a camera.
-        if "origin" in request.headers or request.headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}:
+        if by_web_page(request.headers):  # without a key any page could put pictures on a camera
             raise HTTPException(403, "uploads by web pages are refused here; the gateway takes those of its own page")
         if not self._settings.lets_in(request.headers):
             raise HTTPException(

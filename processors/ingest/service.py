@@ -1,7 +1,6 @@
 """`rewatch run ingest`: folder, upload endpoint and cameras' snapshots side by side, until told to stop."""
 
 import asyncio
-import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -24,9 +23,6 @@ from streams.scraping import Endpoint
 from streams.serving import listen, serve
 
 log = structlog.get_logger(__name__)
-
-# How often the status file is written, seconds.
-_REPORT_EVERY_S = 1.0
 
 
 class Service:
@@ -78,7 +74,7 @@ class Service:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._close_at(stop), name="ingest stop")
-                group.create_task(self._report(stop), name="ingest status")
+                group.create_task(self.liveness.tell(self._status, stop, self.waiting_on), name="ingest status")
                 if listener is not None:
                     group.create_task(self._serve(listener, stop), name="ingest upload")
                 else:
@@ -94,18 +90,6 @@ class Service:
         """At a stop transactions in hand are finished and what waits is refused, so folder and endpoint end soon."""
         await stop.wait()
         await self.appenders.close()
-
-    async def _report(self, stop: asyncio.Event) -> None:
-        """Write how it is, for `rewatch status`, until the stop."""
-        life = self.liveness
-        while not stop.is_set():
-            life.polled()
-            waits = self.waiting_on()
-            life.waiting_on = ", ".join(waits) or None
-            if self._status is not None:
-                life.write(self._status)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), _REPORT_EVERY_S)
 
     async def _serve(self, listener: socket.socket, stop: asyncio.Event) -> None:
         upload = self._settings.upload

@@ -25,7 +25,7 @@ from rich.table import Column, Table
 from infra.local import broker
 from infra.local.llama import LlamaSettings
 from infra.local.stack import LocalStack
-from infra.topology import DEMO_MODELS
+from infra.models.library import DEMO
 from tests.bench.figure import Figure, Pair
 
 MODULES = ("hosts", "ingest", "sink", "detect", "analyze", "runtime", "latency")
@@ -55,7 +55,7 @@ def benchmarks() -> dict[str, Benchmark]:
 
 async def run(chosen: dict[str, Benchmark], console: Console, *, quick: bool) -> tuple[list[Figure], dict[str, Any]]:
     """Start the servers, measure, stop them; the figures and the machine they were taken on."""
-    llama = LlamaSettings(model=DEMO_MODELS / "analyst.gguf", port=0, ctx=SLOTS * CONTEXT, parallel=SLOTS)
+    llama = LlamaSettings(model=DEMO / "analyst.gguf", port=0, ctx=SLOTS * CONTEXT, parallel=SLOTS)
     figures: list[Figure] = []
     columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
     with tempfile.TemporaryDirectory(prefix="rewatch-bench-") as directory:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from infra.local.stack import LocalStack
-from infra.topology import DEMO_MODELS
+from infra.models.library import DEMO
 from processors.detect.core import best_boxes, decode_image
 from processors.detect.settings import DetectorSettings
 from processors.detect.stage import DetectStage
@@ -40,7 +40,7 @@ SETTINGS = DetectorSettings()  # batches of 8, as many threads as torch takes
 
 async def measure(stack: LocalStack, progress: Callable[[float], None], *, quick: bool = False) -> list[Figure]:
     """The stage as it is shipped, on Faust's host: with the demo's detector, and with the smallest one of users."""
-    demo = TorchDetector(SETTINGS, str(DEMO_MODELS / "detector"))
+    demo = TorchDetector(SETTINGS, str(DEMO / "detector"))
     if quick:
         return [await _figure(NAMES[0], stack, demo, progress, count=SETTINGS.batch_size, pairs=1)]
     first = await _figure(NAMES[0], stack, demo, lambda done: progress(done / 2), count=IMAGES, pairs=PAIRS)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from infra.local import process, supervisor
-from infra.local.process import PortTakenError, Process, ProcessSpec, StartError, require_free_port
+from infra.local.process import BEHIND, PortTakenError, Process, ProcessSpec, StartError, require_free_port
 from infra.local.supervisor import AlreadyRunningError, ProcessFailedError, Supervisor, read_state
 
 SLEEP = [sys.executable, "-ISc", "import time; time.sleep(600)"]
@@ -128,6 +128,11 @@ async def test_restart_on_request_is_no_failure(tmp_path):
         before = running.pid("child")
         await running.restart("child")
         assert running.pid("child") not in {None, before}
+
+
+async def test_a_child_runs_as_nice_as_its_description_says(tmp_path):
+    async with Supervisor(tmp_path, [ProcessSpec("child", SLEEP, nice=BEHIND)]) as running:
+        assert psutil.Process(running.pid("child")).nice() == os.nice(0) + BEHIND
 
 
 async def test_a_stalled_child_is_restarted(tmp_path):
