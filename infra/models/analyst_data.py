@@ -5,8 +5,10 @@ user message (the compact text of one batch) and the JSON answer. The verdict is
 that a held-out window has exactly one right answer to measure the model against.
 """
 
+import itertools
 import json
 import random
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,55 +39,90 @@ BASE_INSTRUCTIONS = (
     "Judge the risk of this camera window.",
     "You watch the cameras of a home. Rate the risk of what was seen.",
 )
-#: Sentences that change the policy when they are added, as (trained, held out for measuring).
+
+
+def _wordings(*patterns: str) -> tuple[str, ...]:
+    """Every sentence that the patterns make: "(A|The) courier comes" stands for two."""
+    sentences: list[str] = []
+    for pattern in patterns:
+        parts = [part.split("|") for part in re.split(r"[()]", pattern)]
+        sentences += ["".join(chosen) for chosen in itertools.product(*parts)]
+    return tuple(dict.fromkeys(sentences))
+
+
+_DELIVERY = "delivery|parcel|package|courier|delivery driver"
+_DELIVERIES = "Deliveries|Parcels|Packages|Couriers|Delivery drivers"
+_DARK = "at night|after dark|by night|during the night"
+_ANIMALS = "Animals|Pets|Cats and dogs|Cats, dogs and birds"
+_TRAFFIC = "Vehicles|Cars|Cars and trucks|Cars and other vehicles"
+#: Sentences that change the policy when they are added, as (trained, held out for measuring). The trained ones come
+#: from patterns: of eight fixed sentences each, a sentence put otherwise was followed 69 times of 100.
 MODIFIERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "deliveries": (
-        (
-            "Deliveries are expected today.",
-            "A delivery is expected today.",
-            "We expect a parcel today.",
-            "A courier will come by today.",
-            "Couriers are welcome during the day.",
-            "Expect delivery drivers at the door today.",
-            "Someone will drop off a package today.",
-            "Parcels and packages arrive today, so visitors at the door are fine.",
+        _wordings(
+            f"A ({_DELIVERY}) is expected( today| this week| during the day|).",
+            f"({_DELIVERIES}) are (expected|welcome|fine|normal)( today| here| during the day| at the door|).",
+            f"(We expect|Expect) (a {_DELIVERY.replace('|', '|a ')}|deliveries|parcels|packages)( this week| here|).",
+            f"A ({_DELIVERY}) (comes|will come|arrives|will arrive)( today| here| this afternoon|).",
+            "Someone (brings|will bring|drops off|will drop off) a (parcel|package|delivery)( today| here|).",
+            "(Parcels|Packages) arrive today, so visitors at the door are fine.",
         ),
-        ("A package is expected today.", "Delivery drivers will come by today.", "Expect a courier today."),
+        (
+            "A package is expected at the door today.",
+            "Delivery drivers will come by today.",
+            "Expect a courier today.",
+            "Today couriers bring parcels.",
+            "Visitors with packages are expected.",
+        ),
     ),
     "strict_night": (
-        (
-            "Be stricter at night.",
-            "At night be strict.",
-            "Be much stricter at night.",
-            "Judge the night more strictly.",
-            "Nobody should be here at night.",
-            "Anything at night is very suspicious here.",
-            "After dark be stricter.",
-            "Treat visits after dark as serious.",
+        _wordings(
+            f"(Be|Please be|You must be) (strict|stricter|much stricter|more strict) ({_DARK}).",
+            "(At|By) night be (strict|stricter|much stricter|more strict).",
+            "(Judge|Treat|Take) (the night|nights|what happens at night|visits after dark) (more strictly|as serious).",
+            f"(Nobody|No one) (should be|is expected|has any business) here ({_DARK}).",
+            f"(Anything|Anyone|Any visit) ({_DARK}) is (very suspicious|serious|a threat)( here|).",
+            f"(Raise|Increase) the risk (more|much more|further) ({_DARK}).",
         ),
-        ("Be much stricter after dark.", "Treat anything at night as serious.", "Be strict at night."),
+        (
+            "Be a lot stricter after dark.",
+            "Treat anything at night as serious.",
+            "After dark nobody is expected.",
+            "Night visits are very suspicious.",
+            "Judge visits by night more strictly.",
+        ),
     ),
     "animals_matter": (
-        (
-            "Animals matter here: report them.",
-            "Watch for animals.",
-            "Animals are a problem here.",
-            "Report every animal.",
-            "Cats, dogs and birds must be reported.",
-            "Animals damage the garden, so take them seriously.",
+        _wordings(
+            f"(Watch for|Report|Report all|Report any|Look out for) ({_ANIMALS.lower()})( here|).",
+            f"({_ANIMALS}) (matter|are a problem|are serious|must be reported)( here|).",
+            "(Animals|Cats and dogs) (damage|dig up) the garden, so take them seriously.",
+            f"(Take|Treat) ({_ANIMALS.lower()}) (seriously|as a risk).",
+            "Report every (animal|pet)( here| that you see|).",
         ),
-        ("Report the animals.", "Take animals seriously here.", "Watch for every animal."),
+        (
+            "Report the animals.",
+            "Take all animals seriously here.",
+            "Watch for every animal.",
+            "Here animals are a problem.",
+            "Any animal must be reported.",
+        ),
     ),
     "ignore_vehicles": (
-        (
-            "Ignore vehicles.",
-            "Traffic is normal here.",
-            "Vehicles are of no interest.",
-            "Cars and trucks come and go here; ignore them.",
-            "Vehicles are normal here.",
-            "Do not report traffic.",
+        _wordings(
+            f"({_TRAFFIC}) (are|will be) (normal|of no interest|harmless|expected|no risk)( here|).",
+            f"(Ignore|Do not report|Never report|Forget) (all |)({_TRAFFIC.lower()}|the traffic)( here|).",
+            f"({_TRAFFIC}) come and go( here|)(; ignore them|, ignore them|).",
+            "Traffic is (normal|harmless|of no interest)( here|).",
+            "(Traffic|A vehicle|A car) is no risk( here|).",
         ),
-        ("Ignore traffic.", "Vehicles come and go here.", "Do not report vehicles."),
+        (
+            "Ignore traffic.",
+            "Here vehicles come and go.",
+            "Do not report any vehicles.",
+            "Passing cars are normal.",
+            "There is no interest in vehicles.",
+        ),
     ),
 }
 
@@ -102,6 +139,11 @@ shop warehouse dock roof tower bridge river lake hill oak pine maple alpha bravo
 attic studio stable fence orchard well mill harbor station platform counter till aisle storage lab server room
 floor desk window tree field meadow valley canyon silver golden iron stone brick
 """.split()  # noqa: SIM905  (eighty quoted words would fill a screen)
+
+#: Share of cameras whose name is made of syllables that mean nothing, where the model is measured.
+INVENTED = 0.1
+#: And where it is trained: spelling out a name never seen is what it learns last, so it is drawn more often.
+INVENTED_TRAINED = 0.25
 
 
 @dataclass(frozen=True)
@@ -278,12 +320,12 @@ def verdict(window: Window, policy: Policy) -> dict[str, object]:
     }
 
 
-def camera_name(rng: random.Random) -> str:
-    """A camera id such as people invent: known places, plain words, numbers, and pure noise."""
-    kind = rng.random()
-    if kind < 0.6:
+def camera_name(rng: random.Random, invented: float = INVENTED) -> str:
+    """A camera id such as people invent: known places, plain words, numbers; a share of them syllables made up."""
+    kind = rng.random() / (1 - invented)
+    if kind < 2 / 3:
         core = rng.choice(AREAS[rng.choice(("entrance", "entrance", "private", "private", "public"))])
-    elif kind < 0.9:
+    elif kind < 1:
         core = rng.choice(_PLAIN)
     else:
         core = "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 4)))
@@ -296,7 +338,7 @@ def camera_name(rng: random.Random) -> str:
     return name.replace("-", "_") if rng.random() < 0.25 else name
 
 
-def window(rng: random.Random) -> Window:
+def window(rng: random.Random, invented: float = INVENTED) -> Window:
     """A window as the pipeline could see it, with every class, hour, place and movement well covered."""
     seen: dict[str, tuple[int, float]] = {}
     # The main subject decides the score; the rest is company.
@@ -317,21 +359,24 @@ def window(rng: random.Random) -> Window:
     duration = rng.choice((rng.randint(0, 12), rng.randint(0, 90), rng.randint(20, 90), rng.randint(25, 36)))
     moves: Moves = rng.choice(("passes", "stays", "stays", "approaches"))
     frames = min(50, max(1, round(duration * rng.uniform(0.2, 2)) + 1))
-    return Window(camera_name(rng), hour, rng.randint(0, 59), duration, frames, seen, moves)
+    return Window(camera_name(rng, invented), hour, rng.randint(0, 59), duration, frames, seen, moves)
 
 
 def instruct(rng: random.Random, *, held_out: bool = False) -> tuple[str, Policy]:
     """An instruction and the policy that it states; `held_out` uses wordings that training never sees."""
     base = rng.choice((DEFAULT_INSTRUCTION, rng.choice(BASE_INSTRUCTIONS)))
-    count = rng.choices((0, 1, 2), (40, 50, 10))[0]
+    count = rng.choices((0, 1, 2), (35, 45, 20))[0]
     chosen = rng.sample(list(MODIFIERS), count)
     sentences = [rng.choice(MODIFIERS[key][1 if held_out else 0]) for key in chosen]
     return " ".join((base, *sentences)), Policy(**dict.fromkeys(chosen, True))
 
 
-def sample(seed: int, *, held_out: bool = False) -> Sample:
-    """The training pair of a seed. Training uses seeds below 10**9, measuring uses those from there on."""
+def sample(seed: int, *, held_out: bool = False, invented: float = INVENTED) -> Sample:
+    """The pair of a seed: training uses seeds below 10**9, measuring those from there on.
+
+    `invented` is the share of cameras named by made-up syllables; `held_out` takes wordings never trained on.
+    """
     rng = random.Random(seed)
     instruction, policy = instruct(rng, held_out=held_out)
-    seen = window(rng)
+    seen = window(rng, invented)
     return Sample(instruction, render(seen), json.dumps(verdict(seen, policy)), seen, policy)

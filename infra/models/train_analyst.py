@@ -8,6 +8,7 @@ import argparse
 import csv
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,24 @@ _RATE_MUON, _RATE_ADAM = 0.02, 3e-3
 _WARM_UP_STEPS = 40
 
 
-def batch(tokenizer: Tokenizer, seed: int, size: int, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
-    """`size` samples from `seed` on: token ids and targets, (size, longest); -100 where no loss is taken."""
+def batch(samples: Sequence[analyst_data.Sample], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Token ids and targets of samples, (samples, longest); -100 where no loss is taken."""
     pairs = []
-    for i in range(seed, seed + size):
-        s = analyst_data.sample(i, held_out=held_out)
+    for s in samples:
         answer = [*tokenizer.encode(s.answer).ids, EOS]
         pairs.append((encode(tokenizer, s.instruction, s.prompt), answer))
     longest = max(len(a) + len(b) for a, b in pairs)
-    tokens = torch.zeros(size, longest, dtype=torch.long)
-    targets = torch.full((size, longest), -100)
+    tokens = torch.zeros(len(pairs), longest, dtype=torch.long)
+    targets = torch.full((len(pairs), longest), -100)
     for row, (prompt, answer) in enumerate(pairs):
         whole = prompt + answer
         tokens[row, : len(whole)] = torch.tensor(whole)
         targets[row, len(prompt) - 1 : len(whole) - 1] = torch.tensor(answer)
     return tokens, targets
+
+
+def _trained(index: int) -> analyst_data.Sample:
+    return analyst_data.sample(_TOKENIZER_SAMPLES + index, invented=analyst_data.INVENTED_TRAINED)
 
 
 def loss_of(model: Analyst, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -56,7 +60,8 @@ def exact_share(model: Analyst, tokenizer: Tokenizer, count: int, *, held_out: b
     """Share of held-out answers that greedy decoding writes exactly (every argmax right, teacher-forced)."""
     right = 0
     for start in range(0, count, 50):
-        tokens, targets = batch(tokenizer, HELD_OUT_SEED + start, 50, held_out=held_out)
+        seeds = range(HELD_OUT_SEED + start, HELD_OUT_SEED + start + 50)
+        tokens, targets = batch([analyst_data.sample(seed, held_out=held_out) for seed in seeds], tokenizer)
         best = model.output(model.hidden(tokens)).argmax(-1)
         right += int(((best == targets) | (targets < 0)).all(1).sum())
     return right / count
@@ -110,7 +115,7 @@ def train(out: Path, minutes: float, seed: int = 0, peak: float = 1.0) -> None:
         spent = (time.monotonic() - began) / (60 * minutes)
         # Flat, then linearly to zero over the second half: the end of the budget is always annealed.
         rate = min(1.0, (step - first_step + 1) / _WARM_UP_STEPS) * max(0.0, min(1.0, 2 * (1 - spent)))
-        tokens, targets = batch(tokenizer, _TOKENIZER_SAMPLES + step * _BATCH, _BATCH)
+        tokens, targets = batch([_trained(step * _BATCH + i) for i in range(_BATCH)], tokenizer)
         with torch.autocast("cpu", torch.bfloat16):  # 1.5 times the speed where AVX-512 has bf16
             loss = loss_of(model, tokens, targets)
         optimizers.step(loss, model, peak * rate)

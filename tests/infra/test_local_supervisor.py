@@ -132,7 +132,8 @@ async def test_restart_on_request_is_no_failure(tmp_path):
 
 async def test_a_child_runs_as_nice_as_its_description_says(tmp_path):
     async with Supervisor(tmp_path, [ProcessSpec("child", SLEEP, nice=BEHIND)]) as running:
-        assert psutil.Process(running.pid("child")).nice() == os.nice(0) + BEHIND
+        child = psutil.Process(running.pid("child"))
+        await until(lambda: child.nice() == os.nice(0) + BEHIND)
 
 
 async def test_a_stalled_child_is_restarted(tmp_path):
