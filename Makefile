@@ -1,5 +1,5 @@
 # The verbs of this project. Each makes .venv itself; they need only Python 3.11+ and make.
-.PHONY: demo test check bench lock clean help
+.PHONY: demo test check bench eval chaos lock clean help
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo ok),$(p))))
@@ -34,6 +34,14 @@ check: .venv/.ready ## Lint, types, import contracts, schema compatibility
 
 bench: .venv/.ready ## Ratios of speed against stated baselines, into bench.json; twelve minutes
 	@$(BIN)/python -m tests.bench
+
+eval: .venv/.ready ## Scores of the shipped models on held-out scenes and windows, into eval.json; five minutes
+	@$(BIN)/python -m infra.models.evaluate
+
+N ?= 100
+SEED ?= 1
+chaos: .venv/.ready ## N faults at random under load, then an audit from outside, into chaos.json: make chaos N=100 SEED=1
+	@$(BIN)/python -m tests.chaos --n $(N) --seed $(SEED)
 
 lock: .venv/.ready ## Pin the newest versions that fit pyproject.toml
 	@$(BIN)/uv pip compile -q -U --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --extra dev pyproject.toml -o requirements.lock

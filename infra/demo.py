@@ -5,8 +5,11 @@ Nothing here knows what will be found: it copies JPEGs into the inbox as cameras
 
 import asyncio
 import json
+import shlex
 import shutil
+import tempfile
 import time
+from collections import Counter
 from contextlib import aclosing
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -23,6 +26,8 @@ from infra.cli.lifecycle import Stop, bring_up, duration, narrate
 from infra.cli.show import collect
 from infra.config import Settings
 from infra.installation import Installation
+from infra.models.bands import Said, Told, summary, told
+from infra.models.recordings import write_recordings
 from infra.models.stories import CAMERAS, Footage, write_footage
 from processors.store.queries import Queries
 from streams.kafka import Kafka
@@ -53,6 +58,8 @@ class DemoError(RuntimeError):
 async def run_demo(settings: Settings, config: Path | None, console: Console, stop: Stop) -> bool:
     """Play the footage, show the events, write `<data_dir>/demo.json`.
 
+    The file has what `rewatch status --json` says at the end, `seconds`, and `stories`: see `infra.models.bands`.
+
     Returns False where it was asked to stop before the end.
 
     Raises:
@@ -78,12 +85,13 @@ async def run_demo(settings: Settings, config: Path | None, console: Console, st
             await asyncio.wait({showing, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if stop.asked.is_set():
                 return False
-            state = await showing
+            state, footage = await showing
         finally:
             for task in (showing, stopping):
                 task.cancel()
             await asyncio.gather(showing, stopping, return_exceptions=True)
-        await _finish(settings, console)
+        stories = await _told(settings, footage)
+        await _finish(settings, console, stories, state)
     finally:
         telling.cancel()
         with console.status("stopping ..."):
@@ -92,6 +100,7 @@ async def run_demo(settings: Settings, config: Path | None, console: Console, st
             console.print(progress.summary(settings), soft_wrap=True)
     seconds["total"] = time.monotonic() - began
     state["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    state["stories"] = summary(stories)
     (settings.data_dir / "demo.json").write_text(json.dumps(state, indent=2))
     console.print(f"{seconds['total']:.0f} s in all; the data stay in {settings.data_dir}", soft_wrap=True)
     return True
@@ -115,7 +124,9 @@ class _Progress:
         )
 
 
-async def _show(settings: Settings, console: Console, progress: _Progress, seconds: dict[str, float]) -> dict[str, Any]:
+async def _show(
+    settings: Settings, console: Console, progress: _Progress, seconds: dict[str, float]
+) -> tuple[dict[str, Any], Footage]:
     """Play, print events as they come, wait for the end; return what `rewatch status --json` says then."""
     with console.status("drawing the day: 11 small stories at three cameras ..."):
         footage = await asyncio.to_thread(_render, settings)
@@ -134,7 +145,24 @@ async def _show(settings: Settings, console: Console, progress: _Progress, secon
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
     await watch.look()
-    return state
+    return state, footage
+
+
+def write_demo_footage(directory: Path, console: Console, *, mp4: bool) -> None:
+    """`rewatch demo --footage`: write the day's footage and say how to take it in; nothing is started."""
+    with console.status("drawing the day: 11 small stories at three cameras ..."):
+        if mp4:
+            with tempfile.TemporaryDirectory() as scratch:
+                footage = write_footage(Path(scratch))
+                made = write_recordings(footage, directory)
+        else:
+            footage = write_footage(directory)
+            made = [directory / camera for camera in CAMERAS]
+    what = "recordings, a frame at each capture time" if mp4 else "JPEGs in folders, as cameras upload them"
+    console.print(f"{len(footage.frames)} frames of one day at three cameras, as {what}; take them in by:")
+    for path in made:
+        command = "video" if mp4 else "dir"
+        console.print(f"  rewatch ingest {command} {shlex.quote(str(path))} --camera {path.stem}", soft_wrap=True)
 
 
 def _render(settings: Settings) -> Footage:
@@ -241,7 +269,9 @@ def _missing(state: dict[str, Any]) -> list[str]:
         return [problem["message"] for problem in state["problems"]]
     topics = {topic["topic"]: topic for topic in state["topics"]}
     records = {name: topic["records"] for name, topic in topics.items()}
-    letters = records["dead_letters"]
+    failed = Counter[str]()  # open ones only: what was resolved has its results
+    for row in state["dead_letters"] or ():
+        failed[row["stage"]] += row["count"]
     return [
         *(f"{s['stage']} lags by {s['lag']}" for s in state["stages"] if s.get("lag")),
         *(
@@ -249,13 +279,31 @@ def _missing(state: dict[str, Any]) -> list[str]:
             for name, topic in topics.items()
             if topic["in_clickhouse"] < topic["records"]
         ),
-        *([] if records["detections"] + letters >= records["frames"] else ["frames without detections"]),
-        *([] if records["contexts"] + letters >= records["batches"] else ["batches without contexts"]),
-        *([] if records["risk_events"] + letters >= records["contexts"] else ["contexts without events"]),
+        *([] if records["detections"] + failed["detect"] >= records["frames"] else ["frames without detections"]),
+        *([] if records["contexts"] + failed["enrich"] >= records["batches"] else ["batches without contexts"]),
+        *([] if records["risk_events"] + failed["analyze"] >= records["contexts"] else ["contexts without events"]),
     ]
 
 
-async def _finish(settings: Settings, console: Console) -> None:
+async def _told(settings: Settings, footage: Footage) -> list[Told]:
+    """The day's stories with the events that ClickHouse has of them."""
+    times = [frame.captured_at for frame in footage.frames]
+    async with aclosing(Queries(settings.clickhouse)) as queries:
+        rows = await queries.rows(
+            "SELECT event_id, camera_id, started_at, risk_level, risk_score FROM events "
+            "WHERE started_at >= fromUnixTimestamp64Milli({first:Int64}) "
+            "AND started_at <= fromUnixTimestamp64Milli({last:Int64})",
+            first=int(min(times).timestamp() * 1000),
+            last=int(max(times).timestamp() * 1000),
+        )
+    events = [
+        Said(row["event_id"], row["camera_id"], row["started_at"], row["risk_level"], row["risk_score"]) for row in rows
+    ]
+    return told(footage, events)
+
+
+async def _finish(settings: Settings, console: Console, stories: list[Told], state: dict[str, Any]) -> None:
+    _show_stories(console, stories, state)
     async with aclosing(Queries(settings.clickhouse)) as queries:
         riskiest = await queries.events(limit=5, order="risk")
         table = Table("when", "camera", "risk", "what", "event", title="the riskiest events", box=box.SIMPLE)
@@ -288,6 +336,43 @@ async def _finish(settings: Settings, console: Console) -> None:
     for query in TRY:
         console.print(f'  .venv/bin/rewatch sql "{query}"', soft_wrap=True, highlight=False)
     console.print("  .venv/bin/rewatch --help", soft_wrap=True)
+
+
+def _show_stories(console: Console, stories: list[Told], state: dict[str, Any]) -> None:
+    """What happened beside what was said, and by whom."""
+    table = Table(
+        "when",
+        "camera",
+        "what happened",
+        "should be",
+        "was said",
+        "",
+        title="the day's stories: what happened, what was said",
+        box=box.SIMPLE,
+    )
+    for one in stories:
+        riskiest = one.said[0] if one.said else None
+        table.add_row(
+            f"{one.began:%H:%M}",
+            one.story.camera,
+            one.story.name,
+            " or ".join(one.story.levels) or "no event",
+            output.level_text(riskiest.level, riskiest.score) if riskiest is not None else Text("no event"),
+            Text("right", style="green") if one.right else Text("wrong", style="red"),
+        )
+    console.print(table)
+    counts = summary(stories)
+    console.print(
+        f"{counts['right']} of {counts['told']} stories judged right by their riskiest event; "
+        f"{counts['in_intended_band']} of {counts['events']} events have the level meant for their story",
+        soft_wrap=True,
+    )
+    if any(model["toy"] for model in state["models"]):
+        console.print(
+            "Drawn scenes, judged by toys that know nothing else and guard nothing. Real models in their places: "
+            "[bold]rewatch models pull NAME && rewatch models use NAME[/bold], with a NAME of `rewatch models ls`",
+            soft_wrap=True,
+        )
 
 
 def _short(event_id: str) -> str:

@@ -22,8 +22,10 @@ from streams.control import Prompts
 from streams.kafka import Kafka
 from streams.liveness import STALL_S, read_report
 
-# The model is loaded before a stage joins its group: torch's import alone takes up to 9 s on a cold disk.
-_READY_S = 120.0
+# A stage loads its model (torch's import alone takes up to 9 s on a cold disk) and waits for the broker, its topics and
+# its group before it is ready: 120 s and more were seen on a machine that was busy with much else. To give up the
+# first start of one is to give up everything.
+_READY_S = 600.0
 
 
 class Installation:

@@ -16,10 +16,11 @@ from infra.config import Settings
 from infra.local.supervisor import running
 from infra.models import library
 from schemas.records import TopicMeta
-from streams.admin import ensure_topics, epochs_of
+from streams.admin import ensure_topics
 from streams.claims import ClaimStore
 from streams.control import Cameras, Prompts
 from streams.kafka import Kafka
+from streams.lives import Lives
 from streams.scraping import Endpoint
 from streams.stages import Stage
 from streams.survey import READS
@@ -103,7 +104,8 @@ async def run(
             await run_ingest(kafka, settings.ingest, known, claims, stop, epoch=epoch, status=status, endpoint=endpoint)
             return
         stage = await building
-        host = _host(getattr(settings.stages, name).host)(kafka, stage, epochs=epochs_of(metas), status=status)
+        lives = await stack.enter_async_context(Lives(kafka).following())
+        host = _host(getattr(settings.stages, name).host)(kafka, stage, epochs=lives, status=status)
         host.workers.liveness.metrics = endpoint.url
         endpoint.registry.register(host.workers.collector)
         await host.run(stop)
@@ -113,7 +115,7 @@ def fixes(settings: Settings) -> dict[str, str]:
     """What to do in this installation when the `broker` or `clickhouse` is away."""
     start = "start it with `rewatch up`, or set"
     return {
-        "broker": f"{start} kafka.bootstrap_servers" if settings.local_kafka else "look there",
+        "broker": f"{start} kafka.bootstrap_servers" if settings.local_kafka else "`rewatch doctor` looks closer",
         "clickhouse": f"; {start} clickhouse.url" if settings.local_clickhouse else "",
     }
 

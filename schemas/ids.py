@@ -2,14 +2,19 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 LIVE = "live"
 """The run of events that live work makes; a replay's events carry its id instead."""
 
 # 128 of SHA-256's 256 bits: a collision among 10^12 frames has probability 10^-15, and ids stay readable.
 DIGEST_HEX = 32
+
+# Kafka's own rule for topic names; epochs are ours. Partitions are 32 bits, offsets 64. No leading zeros: each record
+# has one name.
+_ORIGIN = re.compile(r"([a-zA-Z0-9._-]{1,249}):([a-zA-Z0-9]{1,32}):(0|[1-9][0-9]{0,8}):(0|[1-9][0-9]{0,17})")
 
 
 def digest(*parts: bytes | str) -> str:
@@ -54,3 +59,21 @@ def verdict_digest(template: str, output_schema: str, parameters: Mapping[str, A
 def origin(topic: str, epoch: str, partition: int, offset: int) -> str:
     """Name one record of one life of a topic; what `dead_letters` and source headers carry."""
     return f"{topic}:{epoch}:{partition}:{offset}"
+
+
+class Place(NamedTuple):
+    """Where a record lies: what an `origin` says. As a string it is that origin again."""
+
+    topic: str
+    epoch: str
+    partition: int
+    offset: int
+
+    def __str__(self) -> str:
+        return origin(*self)
+
+
+def place(name: str) -> Place | None:
+    """What an origin says; None where the text is none (what never became a record has a name of another kind)."""
+    match = _ORIGIN.fullmatch(name)
+    return Place(match[1], match[2], int(match[3]), int(match[4])) if match is not None else None

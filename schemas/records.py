@@ -298,6 +298,7 @@ class DeadLetterStatus(Record, frozen=True, kw_only=True):
     status: str
     by: str
     at: int
+    record: str | None = None
 
 
 class IngestState(Record, frozen=True, kw_only=True):

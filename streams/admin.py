@@ -37,14 +37,17 @@ async def ensure_topics(kafka: Kafka) -> dict[str, TopicMeta]:
         TopicsError: a topic has another partition count than `kafka.partitions`.
         KafkaError: the broker is away.
     """
+    turns = 0
     async with kafka.admin() as admin:
         metas, missing = await _look(admin, kafka)
         while missing:
+            turns += 1
             try:
                 await _create_missing(admin, kafka)
             except (FencedError, UncertainError) as error:  # another creator came after us: its work is read next
                 log.info("creating topics again", why=str(error))
-                await asyncio.sleep(random.uniform(0.2, 1.0))
+                # Ever longer: on a slow machine each turn lasts longer, and whoever tries too soon spoils another's.
+                await asyncio.sleep(random.uniform(0.2, 1.0 * turns))
             metas, missing = await _look(admin, kafka)
     return metas
 

@@ -256,23 +256,27 @@ class Ownership:
             await producer.close()
 
     def dead_letter(self, record: Incoming, error: BaseException, attempt: int) -> Emit:
-        """The dead letter of a record that this stage cannot process."""
+        """The dead letter of a record that this stage cannot process.
+
+        Of a redriven record it is one more of the same origin, with the bytes and headers as they first were.
+        """
         known = error if isinstance(error, UnprocessableError) else None
-        inline = record.size + size_of(record.headers) <= DEAD_LETTER_INLINE
+        headers = record.original_headers
+        inline = record.size + size_of(headers) <= DEAD_LETTER_INLINE
         detail = known.detail if known else ""
         letter = DeadLetter(
-            origin=record.origin,
+            origin=record.redriven or record.origin,
             camera_id=_text((known.camera_id if known else "") or _camera_of(record), _NAME),
             stage=self.stage,
             kind=known.kind if known else "error",
             error=type(error.__cause__ or error).__name__,
             message=_text(str(error), _MESSAGE),
-            attempt=attempt,
+            attempt=record.attempts + attempt,
             key=record.key if inline else None,
             value=record.value if inline else None,
-            # Above the limit the log itself is the claim: the origin names where the record lies.
+            # Above the limit the log itself is the claim: it names where the record lies, last.
             claim=None if inline else f"log:{record.origin}",
-            headers=dict(record.headers) if inline else {},
+            headers=dict(headers) if inline else {},
             detail=_text(detail, _DETAIL) if len(detail) <= _DETAIL else "",
             failed_at=self.now_ms(),
         )

@@ -15,6 +15,7 @@ import aiokafka
 import faust
 import structlog
 from aiokafka import TopicPartition
+from aiokafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
 from faust.transport.drivers import aiokafka as driver
 from yarl import URL
 
@@ -44,6 +45,15 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
             await self.seek_to_beginning(*unread)
         return committed
 
+    async def go_to(self, tp: TopicPartition, offset: int) -> None:
+        """Read from there on; the consumer may be touched in its own thread alone."""
+        await self.call_thread(self._go_to, tp, offset)
+
+    async def _go_to(self, tp: TopicPartition, offset: int) -> None:
+        consumer = self._ensure_consumer()
+        if tp in consumer.assignment():
+            consumer.seek(tp, offset)
+
 
 class _Consumer(driver.Consumer):  # type: ignore[misc]
     """Fetches no partition whose buffer is full, and makes one message of all that a fetch brought of a partition.
@@ -64,11 +74,27 @@ class _Consumer(driver.Consumer):  # type: ignore[misc]
         if len(wanted) < len(active):
             timeout = _FULL_S
         if not wanted:
+            workers.look(active)
             await self.sleep(timeout)
             return {}
-        fetched = await super()._getmany(wanted, timeout)
+        try:
+            fetched = await super()._getmany(wanted, timeout)
+        except (NoOffsetForPartitionError, OffsetOutOfRangeError) as error:
+            for tp in workers.unreadable(error):
+                await self.go_to(tp, 0)
+            return {}
+        workers.look(active)
         # It goes by the last record's offset, by which Faust knows what it has read; the buffer drops the rest.
-        return {tp: [replace(records[-1], key=None, value=records)] for tp, records in fetched.items() if records}
+        return {
+            tp: [replace(records[-1], key=None, value=[incoming(r, workers.epoch(tp.topic)) for r in records])]
+            for tp, records in fetched.items()
+            if records
+        }
+
+    async def go_to(self, tp: TopicPartition, offset: int) -> None:
+        """Read from there on; Faust drops what lies below the offset that it knows."""
+        self._read_offset[tp] = offset or None
+        await self._thread.go_to(tp, offset)
 
     def verify_event_path(self, now: float, tp: Any) -> None:
         """Faust would call a full partition a stall; Liveness watches instead."""
@@ -88,12 +114,13 @@ class FaustHost:
     def __init__(self, kafka: Kafka, stage: Stage, *, epochs: Callable[[str], str], status: Path | None = None) -> None:
         self.kafka = kafka
         self.stage = stage
-        self.workers = Workers(kafka, stage, epochs=epochs, still_ours=self._still_ours, status=status)
+        self.workers = Workers(kafka, stage, epochs=epochs, reader=self, status=status)
         self._app: _App | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Feed the workers until `stop` is set, then let go in order."""
         reporting = asyncio.create_task(self.workers.report())
+        watching = asyncio.create_task(self.workers.watch())
         stopping = asyncio.create_task(stop.wait())
         serving: asyncio.Task[None] | None = None
         try:
@@ -109,7 +136,7 @@ class FaustHost:
                     if not stop.is_set():
                         await serving  # Faust ended by itself: say why
         finally:
-            tasks = [task for task in (reporting, stopping, serving) if task is not None]
+            tasks = [task for task in (reporting, watching, stopping, serving) if task is not None]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -151,9 +178,8 @@ class FaustHost:
             message = event.message
             # Records of an earlier generation are read again, by whoever has their partition now.
             if message.generation_id == app.consumer_generation_id and app.flow_control.is_active():
-                epoch = self.workers.epoch(message.topic)
                 for record in message.value:
-                    self.workers.feed(incoming(record, epoch))
+                    self.workers.feed(record)
 
     async def _revoked(self, _app: _App, revoked: Collection[Any], **_: Any) -> None:
         await self.workers.revoke([TopicPartition(tp.topic, tp.partition) for tp in revoked])
@@ -162,8 +188,14 @@ class FaustHost:
         self.workers.liveness.generation = app.consumer_generation_id
         log.info("assigned", stage=self.stage.name, partitions=len(app.consumer.assignment()))
 
-    async def _still_ours(self, tp: TopicPartition) -> bool:
+    async def still_ours(self, tp: TopicPartition) -> bool:
+        """Ask the group whether the partition is still this member's."""
         assert self._app is not None, "a partition is fed by a started app"
         thread = self._app.consumer._thread  # noqa: SLF001 (there is no public way to the consumer)
         asking = still_member(thread._consumer, tp)  # noqa: SLF001
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asking, thread.thread_loop))
+
+    async def seek(self, tp: TopicPartition, offset: int) -> None:
+        """Read the partition from there on."""
+        assert self._app is not None, "a partition is fed by a started app"
+        await self._app.consumer.go_to(tp, offset)

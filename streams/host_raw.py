@@ -4,13 +4,14 @@ Polling never waits for the work: records go into each partition's buffer, and a
 """
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import aiokafka
 import structlog
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
 from streams.kafka import Kafka, incoming
 from streams.stages import Stage
@@ -25,12 +26,13 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
     def __init__(self, kafka: Kafka, stage: Stage, *, epochs: Callable[[str], str], status: Path | None = None) -> None:
         self._kafka = kafka
         self._stage = stage
-        self.workers = Workers(kafka, stage, epochs=epochs, still_ours=self._still_ours, status=status)
+        self.workers = Workers(kafka, stage, epochs=epochs, reader=self, status=status)
         self._consumer = self.workers.collector.consumer = group_consumer(kafka, stage)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Feed the workers until `stop` is set, then let go in order."""
         reporting = asyncio.create_task(self.workers.report())
+        watching = asyncio.create_task(self.workers.watch())
         self._consumer.subscribe(list(self._stage.inputs), listener=self)
         try:
             if await until_broker_answers(self._kafka, self.workers.liveness, stop):
@@ -42,8 +44,9 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
                 await self.workers.close()
             finally:
                 await self._consumer.stop()
-                reporting.cancel()
-                await asyncio.gather(reporting, return_exceptions=True)
+                for task in (reporting, watching):
+                    task.cancel()
+                await asyncio.gather(reporting, watching, return_exceptions=True)
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """Let go before the group goes on; the next owner repeats what was not committed."""
@@ -54,15 +57,29 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
         self.workers.liveness.generation = self._consumer._coordinator.generation  # noqa: SLF001
         log.info("assigned", stage=self._stage.name, partitions=len(assigned))
 
+    async def still_ours(self, tp: TopicPartition) -> bool:
+        """Ask the group whether the partition is still this member's."""
+        return await still_member(self._consumer, tp)
+
+    async def seek(self, tp: TopicPartition, offset: int) -> None:
+        """Read the partition from there on."""
+        if tp in self._consumer.assignment():
+            self._consumer.seek(tp, offset)
+
     async def _poll(self) -> None:
+        batches: Mapping[TopicPartition, Sequence[Any]] = {}
         try:
             batches = await self._consumer.getmany(timeout_ms=200, max_records=500)
+        except (NoOffsetForPartitionError, OffsetOutOfRangeError) as error:
+            for tp in self.workers.unreadable(error):
+                await self.seek(tp, 0)
         except KafkaError as error:  # aiokafka reports some broker errors here and goes on by itself
             log.warning("poll", stage=self._stage.name, error=repr(error))
             await asyncio.sleep(0.5)
             return
         self.workers.liveness.polled()
         assigned = self._consumer.assignment()
+        self.workers.look(assigned)
         for tp, records in batches.items():
             if tp in assigned:
                 for record in records:
@@ -70,6 +87,3 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
         paused = self._consumer.paused() & assigned
         self._consumer.pause(*(tp for tp in assigned - paused if self.workers.full(tp)))
         self._consumer.resume(*(tp for tp in paused if not self.workers.full(tp)))
-
-    async def _still_ours(self, tp: TopicPartition) -> bool:
-        return await still_member(self._consumer, tp)

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import aiokafka
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import GroupCoordinatorNotAvailableError
+from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaConnectionError
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
+from streams.errors import explain
 from streams.messages import Incoming
 
 # A transaction holds results that are already in hand, so it lasts milliseconds; what a dead owner left open
@@ -48,6 +49,13 @@ class Kafka:
 
     def __init__(self, settings: KafkaSettings) -> None:
         self.settings = settings
+
+    def away(self, error: BaseException, fix: str = "") -> str:
+        """What is said when the broker does not answer: the setting that names it, what to do, and the error."""
+        where = f"no answer from the broker at {self.settings.bootstrap_servers} (kafka.bootstrap_servers)"
+        told = f"{where}; {fix}" if fix else where
+        # What this one says is the address, in Python's words.
+        return told if isinstance(error, KafkaConnectionError) else f"{told}: {explain(error)}"
 
     def group(self, stage: str) -> str:
         """The consumer group of a stage."""

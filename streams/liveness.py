@@ -16,6 +16,8 @@ from typing import Any
 
 import structlog
 
+from streams.turns import Turns
+
 log = structlog.get_logger(__name__)
 
 REPORT_EVERY_S = 1.0
@@ -76,11 +78,11 @@ class PartitionLife:
         self.advanced_at = self._clock()
 
     @asynccontextmanager
-    async def slot(self, slots: asyncio.Semaphore) -> AsyncIterator[None]:
+    async def slot(self, slots: Turns) -> AsyncIterator[None]:
         """Hold one of the worker's slots. Waiting for it behind other partitions is no stall of this one."""
         self._queued += 1
         try:
-            await slots.acquire()
+            await slots.acquire(self)
         finally:
             self._queued -= 1
         if not self._running:

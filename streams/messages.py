@@ -9,13 +9,18 @@ FINGERPRINT = "fp"
 SOURCE = "src"
 """Header: the record that this one was made from, `topic:epoch:partition:offset`."""
 REDRIVE = "redrive"
-"""Header: the origin of the dead letter whose bytes these are."""
+"""Header: the origin of the dead letter whose bytes these are. What is made of them carries it too, as a mark."""
+ATTEMPTS = "redrive-attempts"
+"""Header beside it: how often that record had been tried before, decimal."""
 KIND = "kind"
 TICK = b"tick"
 WALL = "wall"
 CAMERA = "camera"
 
 Headers = tuple[tuple[str, bytes], ...]
+
+# A count of attempts, like an int of Avro's, has no more.
+_DIGITS = 9
 
 
 class Incoming(NamedTuple):
@@ -42,6 +47,42 @@ class Incoming(NamedTuple):
         return None
 
     @property
+    def redriven(self) -> str | None:
+        """The origin of the dead letter that this record repeats; None where it repeats none.
+
+        What was made of a redriven record carries the header too, but names a record of another topic or partition.
+        """
+        name = self.header(REDRIVE)
+        if name is None or not name.startswith(f"{self.topic}:".encode()):
+            return None
+        place = ids.place(name.decode(errors="replace"))
+        return str(place) if place is not None and place[::2] == (self.topic, self.partition) else None
+
+    @property
+    def attempts(self) -> int:
+        """How often the record that this one repeats had been tried before; 0 where it repeats none."""
+        said = self.header(ATTEMPTS) if self.redriven is not None else None
+        return int(said) if said is not None and said.isdigit() and len(said) <= _DIGITS else 0
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it stands on its topic for another time: a redriven record, or its dead letter once more."""
+        name = self.header(REDRIVE)
+        return name is not None and (name == self.key or self.redriven is not None)
+
+    @property
+    def original_headers(self) -> Headers:
+        """Its headers, without those that a redrive put behind them."""
+        if self.redriven is None:
+            return self.headers
+        kept = list(self.headers)
+        for name in (REDRIVE, ATTEMPTS):
+            last = max((index for index, header in enumerate(kept) if header[0] == name), default=None)
+            if last is not None:
+                del kept[last]
+        return tuple(kept)
+
+    @property
     def size(self) -> int:
         """Bytes of key and value, for bounds on memory."""
         return len(self.key or b"") + len(self.value or b"")
@@ -51,7 +92,7 @@ class Emit(NamedTuple):
     """One record to append. It goes to the partition of the record that it was made from, unless it says other."""
 
     topic: str
-    key: bytes
+    key: bytes | None
     value: bytes | None
     headers: Headers = ()
     partition: int | None = None
@@ -61,7 +102,7 @@ class Emit(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of key, value and headers: what a broker's bound on records counts."""
-        return len(self.key) + len(self.value or b"") + size_of(self.headers)
+        return len(self.key or b"") + len(self.value or b"") + size_of(self.headers)
 
 
 def size_of(headers: Headers) -> int:

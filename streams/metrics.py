@@ -26,7 +26,7 @@ from streams.messages import Emit
 
 log = structlog.get_logger(__name__)
 
-WAITS = ("broker", "camera", "detector", "disk", "folder", "group", "images", "llm", "settings", "store")
+WAITS = ("backlog", "broker", "camera", "detector", "disk", "folder", "group", "images", "llm", "settings", "store")
 """What a stage can say that it waits on."""
 
 WORK_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -179,7 +179,7 @@ class StageMetrics:
         for emit in emits:
             if emit.topic == "dead_letters":
                 self._dead_letter(emit)
-            elif emit.topic != self._state_topic:
+            elif emit.topic not in {self._state_topic, "dead_letter_status"}:
                 self.results.add(emit.topic)
                 if emit.since is not None:
                     self.record_age_seconds.observe_age(emit.since, now)

@@ -24,7 +24,9 @@ from streams.kafka import Kafka
 from streams.liveness import PartitionLife
 from streams.messages import Emit, Incoming, Tick
 from streams.metrics import StageMetrics
+from streams.redrives import Redrives
 from streams.stages import Fold, FoldStage, MapStage, Range, RangeStage, Stage
+from streams.turns import Turns
 
 log = structlog.get_logger(__name__)
 
@@ -143,12 +145,13 @@ class PartitionWorker:
         life: PartitionLife,
         *,
         still_ours: Callable[[], Awaitable[bool]],
-        slots: asyncio.Semaphore,
+        slots: Turns,
         metrics: StageMetrics | None = None,
     ) -> None:
         self.stage = stage
         self.metrics = metrics or StageMetrics(stage)
         self.ownership = ownership
+        self.redrives = Redrives(ownership)
         self.buffer = Buffer()
         self.life = life
         self.still_ours = still_ours
@@ -177,6 +180,7 @@ class PartitionWorker:
                 self.life.hold(len(self.buffer))
                 try:
                     await self.ownership.acquire()
+                    self.redrives.forget()
                     self.life.waiting_on = None
                     await self._fill_front()
                     self.buffer.rewind(self.ownership.position)
@@ -189,6 +193,9 @@ class PartitionWorker:
                 except (UncertainError, KafkaError, TimeoutError, OSError) as error:
                     self.life.waiting_on = "broker"
                     log.warning("acquiring again", **self.where, error=str(error))
+                except codec.UnknownSchemaError as error:  # state: going on without it would do its work again
+                    self.life.waiting_on = "settings"
+                    log.error("waiting", **self.where, on="settings", why=str(error))  # noqa: TRY400
                 except Exception:  # try again from the position; if that helps nothing, Liveness reports a stall
                     log.exception("unexpected", **self.where)
                 failures = 1 if time.monotonic() - began > 60 else failures + 1
@@ -267,7 +274,7 @@ async def _map(worker: PartitionWorker, stage: MapStage) -> None:
             done = taken = made = 0
             while running and running[0].results.done() and done < _COMMIT_RECORDS and made < _COMMIT_BYTES:
                 record, results, _ = running.popleft()
-                emits += results.result()
+                emits += worker.redrives.settled(record, results.result())
                 made += _size(results.result())
                 taken += record.size
                 next_offset = record.offset + 1
@@ -367,6 +374,8 @@ class _Hands:
 
 async def _handle(worker: PartitionWorker, stage: MapStage, record: Incoming) -> list[Emit]:
     """The record's results, or its dead letter."""
+    if record.redriven is not None and await worker.redrives.is_done(record):
+        return []
     attempt = 0
     pause = 0.2
     while True:
@@ -424,7 +433,9 @@ async def _fold(worker: PartitionWorker, stage: FoldStage) -> None:
                 next_offset = record.offset + 1
                 if Tick.of(record) is not None:
                     pulse.unanswered = 0
-                emits += _feed(worker, fold, record)
+                if record.redriven is not None and await worker.redrives.is_done(record):
+                    continue
+                emits += worker.redrives.settled(record, _feed(worker, fold, record))
             if taken:
                 emits += [codec.emit(stage.state_topic, state) for state in fold.moved(next_offset)]
                 await worker.commit(emits, fold.position(next_offset))

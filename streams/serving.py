@@ -58,7 +58,7 @@ class EndpointSettings(BaseModel):
     @model_validator(mode="after")
     def _open_to_others(self) -> Self:
         name = self.section
-        if self.enabled and self.api_key is None and not _is_loopback(self.host):
+        if self.enabled and self.api_key is None and not self.is_local:
             raise ValueError(
                 f"{name}.host {self.host} can be reached by others: set {name}.api_key "
                 f"({_variable(name)}__API_KEY), or listen on 127.0.0.1",
@@ -80,6 +80,11 @@ class EndpointSettings(BaseModel):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host).strip("[]")  # noqa: S104 (looked up, not bound)
         scheme = "https" if self.with_tls else "http"
         return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches it."""
+        return _is_loopback(self.host)
 
     def lets_in(self, headers: Mapping[str, str]) -> bool:
         """Whether a request with these headers carries the key, or none is asked for."""
@@ -159,15 +164,23 @@ def listen(settings: EndpointSettings) -> socket.socket:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert_path or "", settings.tls_key_path)
         except (OSError, ssl.SSLError) as error:
             raise SettingsError(f"{settings.section}.tls_cert_path or .tls_key_path cannot be used: {error}") from error
-    host = settings.host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, settings.port), family=family, backlog=512)
+        return bind(settings.host.strip("[]"), settings.port)
     except OSError as error:
         raise SettingsError(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
             f"set {settings.section}.port ({_variable(settings.section)}__PORT) to a free one",
         ) from error
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens there, for uvicorn.
+
+    Raises:
+        OSError: the address or port cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=512)
     # Connections inherit it. asyncio does not set it on those of a listener that it did not make, and each answer
     # on a kept connection would wait 40 ms for an acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -8,8 +8,9 @@ import asyncio
 from array import array
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import aiokafka
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import (
@@ -22,7 +23,7 @@ from aiokafka.structs import OffsetAndMetadata
 from schemas.records import TopicMeta
 from streams.admin import read_meta
 from streams.kafka import Kafka, incoming
-from streams.messages import KIND, TICK, Tick
+from streams.messages import KIND, REDRIVE, TICK, Tick
 from streams.topics import STORED
 
 READS: dict[str, tuple[str, ...]] = {
@@ -68,7 +69,7 @@ class Survey(NamedTuple):
 
     metas: dict[str, TopicMeta]
     records: dict[str, Count]
-    """By topic, ticks left out."""
+    """By topic; ticks, and what a redrive put there for another time, left out."""
     positions: dict[str, list[Position]]
     """By stage, in the order of the road."""
 
@@ -76,6 +77,7 @@ class Survey(NamedTuple):
 class _Seen(NamedTuple):
     offsets: "array[int]"
     ticks: "array[int]"
+    """And what else is no record of its own: redriven ones, dead letters of the same origin."""
     since: int
     """Offsets from here on were read ..."""
     upto: int
@@ -228,7 +230,7 @@ async def _read(
                                 break
                             size[tp.topic] = size.get(tp.topic, 0) + max(0, record.serialized_value_size)
                             seen[tp].offsets.append(record.offset)
-                            if (KIND, TICK) in record.headers and Tick.of(incoming(record, "")) is not None:
+                            if record.headers and _counts_not(record):
                                 seen[tp].ticks.append(record.offset)
                     for tp in list(todo):
                         reached[tp] = await consumer.position(tp)
@@ -238,6 +240,15 @@ async def _read(
         found = {tp: seen[tp].between(since[tp], min(reached[tp], ends[tp])) for tp in since}
         memory.update({(tp, epochs[tp.topic]): part for tp, part in found.items()})
     return found
+
+
+def _counts_not(record: "aiokafka.ConsumerRecord[Any, Any]") -> bool:
+    """Whether it is a tick, or stands there for another time. Most have neither header and need no closer look."""
+    for name, value in record.headers:
+        if name == REDRIVE or (name == KIND and value == TICK):
+            whole = incoming(record, "")
+            return Tick.of(whole) is not None or whole.repeats
+    return False
 
 
 def _remembered(seen: _Seen | None, since: int, end: int) -> _Seen:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, get_args
 
-from infra.checks import machine, models, services, work
+from infra.checks import keys, machine, models, services, work
 from infra.checks.check import PATIENCE_S, Check, Context, Status
 from infra.config import Settings
 from infra.local.supervisor import running
@@ -19,6 +19,7 @@ CHECKS: dict[str, Callable[[Context], Coroutine[Any, Any, list[Check]]]] = {
     "images": machine.images,
     "inbox": machine.inbox,
     "ports": machine.ports,
+    "keys": keys.keys,
     "broker": services.broker,
     "clickhouse": services.clickhouse,
     "llm": services.llm,
@@ -27,6 +28,7 @@ CHECKS: dict[str, Callable[[Context], Coroutine[Any, Any, list[Check]]]] = {
     "processes": work.processes,
     "stages": work.stages,
     "cameras": work.cameras,
+    "not taken": work.not_taken,
     "dead letters": work.dead_letters,
 }
 

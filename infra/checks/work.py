@@ -1,18 +1,22 @@
-"""Checks of the work itself: processes that keep dying, stages that wait, cameras gone silent, dead letters."""
+"""Checks of the work itself: processes that keep dying, stages that wait, silent cameras, stray files, dead letters."""
 
 import asyncio
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 
 from infra.checks.check import Check, Context
-from processors.gateway.health import workers
+from processors.ingest.inbox import strays
 from processors.store.queries import Queries, Row
 from streams.errors import UnavailableError
+from streams.health import workers
 
 # A day holds a night and a morning: who saw nothing in all of it is more likely dead than bored.
 SILENT = timedelta(days=1)
 # A camera that has been silent for longer was taken down, or was a demo: it has been told often enough.
 FORGOTTEN = timedelta(days=7)
+
+# Names in the inbox that are shown.
+_SHOWN = 5
 
 _WAITS = {
     "broker": "start the broker (kafka.bootstrap_servers); the `broker` check says more",
@@ -22,6 +26,7 @@ _WAITS = {
     "disk": "make room on the disk of data_dir",
     "folder": "look at ingest.folder.root: it cannot be read or written",
     "settings": "look at its log below data_dir: a setting or prompt cannot be used",
+    "backlog": "detect or the LLM is behind, so new frames are shed (ingest.shed): more processes, or a faster model",
     "camera": "look at the camera, and at its address in ingest.snapshots",
 }
 
@@ -72,6 +77,20 @@ async def cameras(context: Context) -> list[Check]:
     return [Check("cameras", "ok", f"{len(rows)} sent images within a day")]
 
 
+async def not_taken(context: Context) -> list[Check]:
+    """Folders and files in the inbox that belong to no camera."""
+    folder = context.settings.ingest.folder
+    left = await asyncio.to_thread(strays, folder) if folder.enabled else []
+    if not left:
+        return []
+    found = f"{folder.root}: {', '.join(map(repr, left[:_SHOWN]))}{' and more' if len(left) > _SHOWN else ''}"
+    fix = (
+        "put images into a folder below it that is named by its camera's id (a-z, 0-9, - and _), "
+        "or map folders with ingest.folder.cameras"
+    )
+    return [Check("not taken", "warning", found, fix)]
+
+
 async def dead_letters(context: Context) -> list[Check]:
     """How many are open."""
     settings = context.settings
@@ -85,7 +104,8 @@ async def dead_letters(context: Context) -> list[Check]:
     if not open_:
         return [Check("dead letters", "ok", "none")]
     found = ", ".join(f"{row['count']} of {row['stage']} ({row['kind']})" for row in open_)
-    return [Check("dead letters", "warning", found, "`rewatch dlq ls`, then `rewatch dlq show ORIGIN`")]
+    fix = "`rewatch dlq ls`, `rewatch dlq show ORIGIN`, then `rewatch dlq redrive ORIGIN`"
+    return [Check("dead letters", "warning", found, fix)]
 
 
 async def _asked(context: Context, query: str) -> list[Row]:

@@ -22,6 +22,11 @@ _EVENTS = 50
 
 STAGES = ("ingest", "gateway", "detect", "batch", "enrich", "analyze", "sink")
 """`infra.topology.PROCESSES`, whose import takes longer than a completion may; a test holds them together."""
+TABLES = (
+    *("frames", "detections", "batches", "contexts", "risk_events", "labels", "alerts", "prompts", "cameras"),
+    *("replays", "replay_units", "replay_events", "gpu_metrics", "dead_letters", "dead_letter_status"),
+)
+"""`streams.topics.STORED`, for the same reason."""
 KINDS = ("error", "gap", "rejected", "shed")
 
 Completions = Iterator[tuple[str, str]]
@@ -48,7 +53,7 @@ def events(ctx: typer.Context, incomplete: str) -> Completions:
 
 def letters(ctx: typer.Context, incomplete: str) -> Completions:
     """Origins of the newest dead letters that begin so."""
-    query = f"SELECT origin, stage, message FROM dead_letters ORDER BY failed_at DESC LIMIT {_EVENTS}"  # noqa: S608
+    query = f"SELECT origin, stage, message FROM dead_letters ORDER BY failed_at DESC LIMIT 1 BY origin LIMIT {_EVENTS}"  # noqa: S608
     for row in _ask(ctx, query):
         if row["origin"].startswith(incomplete):
             yield row["origin"], f"{row['stage']}: {row['message']}"
@@ -57,6 +62,11 @@ def letters(ctx: typer.Context, incomplete: str) -> Completions:
 def stages(incomplete: str) -> list[str]:
     """Names of stages that begin so."""
     return [stage for stage in STAGES if stage.startswith(incomplete)]
+
+
+def tables(incomplete: str) -> list[str]:
+    """Names of ClickHouse's typed tables that begin so."""
+    return [table for table in TABLES if table.startswith(incomplete)]
 
 
 def kinds(incomplete: str) -> list[str]:

@@ -35,15 +35,17 @@ def mendable(settings: "Settings", work: Callable[[], T]) -> T:
 
 def _say(settings: "Settings", error: Exception) -> None:
     """End the command if a person can mend the error. The classes are imported here: only an error is worth it."""
-    from aiokafka.errors import KafkaConnectionError, KafkaError
+    from aiokafka.errors import KafkaError
 
+    from infra import topology
     from infra.local.process import StartError
     from infra.local.supervisor import AlreadyRunningError, ProcessFailedError
     from processors.detect.settings import ModelError
     from processors.store.queries import QueryError
     from schemas.migrations import MigrationError
     from streams.admin import TopicsError
-    from streams.errors import FencedError, UnavailableError, UncertainError, explain
+    from streams.errors import FencedError, UnavailableError, UncertainError
+    from streams.kafka import Kafka
     from streams.serving import SettingsError
 
     match error:
@@ -53,13 +55,11 @@ def _say(settings: "Settings", error: Exception) -> None:
         case SettingsError() | ModelError() | TopicsError() | MigrationError():
             fail(str(error), USAGE)
         case UnavailableError():
-            fail(f"{error}{start_hint(settings) if error.waiting_on == 'store' else ''}", AWAY)
+            fail(f"{error}{topology.fixes(settings)['clickhouse'] if error.waiting_on == 'store' else ''}", AWAY)
         case StartError() | ProcessFailedError():
             fail(str(error), AWAY)
-        case KafkaConnectionError():  # what it says beyond that are the address and Python's words for it
-            fail(broker_away(settings), AWAY)
         case KafkaError() | TimeoutError() | FencedError() | UncertainError():
-            fail(f"{broker_away(settings)}: {explain(error)}", AWAY)
+            fail(Kafka(settings.kafka).away(error, topology.fixes(settings)["broker"]), AWAY)
         case QueryError():
             fail(f"ClickHouse: {error}", NO)
         case PermissionError() if error.filename is not None:
@@ -68,18 +68,3 @@ def _say(settings: "Settings", error: Exception) -> None:
                 "run as that user, or set data_dir (REWATCH_DATA_DIR) to a directory of your own",
                 USAGE,
             )
-
-
-def broker_away(settings: "Settings") -> str:
-    """Which setting names the broker, and what to do."""
-    start = (
-        "start it with `rewatch up`, or set kafka.bootstrap_servers"
-        if settings.local_kafka
-        else "`rewatch doctor` looks closer"
-    )
-    return f"no answer from the broker at {settings.kafka.bootstrap_servers} (kafka.bootstrap_servers); {start}"
-
-
-def start_hint(settings: "Settings") -> str:
-    """What starts an embedded ClickHouse; nothing where it is someone else's."""
-    return "; start it with `rewatch up`, or set clickhouse.url" if settings.local_clickhouse else ""

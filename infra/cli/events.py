@@ -2,9 +2,8 @@
 
 import difflib
 import json
-import re
 from contextlib import aclosing
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -27,6 +26,7 @@ from infra.cli.output import (
     text_of,
     when,
 )
+from infra.cli.times import moment
 
 if TYPE_CHECKING:
     from infra.config import Settings
@@ -42,8 +42,6 @@ _ID = Annotated[
         autocompletion=complete.events,
     ),
 ]
-_SINCE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 def register(root: typer.Typer) -> None:
@@ -166,21 +164,6 @@ def explain(
     else:
         zone = lineage.context["time_zone"] if lineage.context is not None else settings.time_zone
         console().print(tree(lineage, zone, prompt=prompt), soft_wrap=True)
-
-
-def moment(text: str, now: datetime) -> datetime:
-    """A time that a person wrote: an age (`30m`, `12h`, `7d`) or ISO 8601, UTC where it names no offset.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if match := _SINCE.fullmatch(text.strip()):
-        return now - timedelta(**{_UNITS[match[2]]: float(match[1])})
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError("neither an age (30m, 12h, 7d) nor a time (2026-11-02T18:00)") from None
-    return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
 
 
 async def _find(store: "Queries", text: str) -> "Row":

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from infra.cli import complete
+from infra.cli import complete, times
 from infra.cli.errors import mendable
 from infra.cli.help import RUN, examples
 from infra.cli.output import AWAY, NO, USAGE, JsonFlag, fail, print_json, printable
@@ -34,9 +33,6 @@ T = TypeVar("T")
 
 PASSWORD = "CAMERA_PASSWORD"  # noqa: S105 (the variable's name)
 """The variable that holds a camera's password, unless --password-env names another."""
-
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)")
-_SECONDS = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86_400}
 
 _CAMERA = Annotated[
     str,
@@ -96,12 +92,14 @@ def ingest_dir(
     """
     from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-    from processors.ingest.core import RejectedError
-    from processors.ingest.playback import PlaybackError, play
+    from processors.ingest.core import RejectedError, check_camera_id
+    from processors.ingest.playback import PlaybackError, files_in, play
 
     settings: Settings = ctx.obj
 
     async def main() -> "Progress":
+        check_camera_id(camera)  # what can be told without a broker, before one is asked
+        await asyncio.to_thread(files_in, path)
         async with _ways_in(settings) as appenders:
             with _bar(MofNCompleteColumn(), TimeRemainingColumn()) as bar:
                 task = bar.add_task("frames")
@@ -185,7 +183,10 @@ def ingest_snapshot(  # noqa: PLR0917 (typer makes options of parameters)
 
 def ingest_video(  # noqa: PLR0917
     ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="MP4, MKV, AVI, TS: whatever FFmpeg reads.")],
+    path: Annotated[
+        Path,
+        typer.Argument(exists=True, dir_okay=False, metavar="FILE", help="MP4, MKV, AVI, TS: whatever FFmpeg reads."),
+    ],
     camera: _CAMERA,
     fps: Annotated[float, typer.Option(min=0.001, max=1000, help="Frames a second; never more than there are.")] = 1.0,
     start: Annotated[
@@ -347,10 +348,10 @@ def _source(
 
 
 def _seconds(text: str, option: str) -> float:
-    match = _DURATION.fullmatch(text.strip())
-    if match is None:
-        fail(f"{option} {text!r} is no time: write 500ms, 1s, 10m or 2h", USAGE)
-    return float(match[1]) * _SECONDS[match[2]]
+    try:
+        return times.seconds(text)
+    except ValueError as error:
+        fail(f"{option} {text!r} is {error}", USAGE)
 
 
 @contextmanager

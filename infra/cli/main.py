@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from infra.cli import cameras, dlq, doctor, events, ingest, migrate, models, run, show, sql
+from infra.cli import audit, cameras, dlq, doctor, events, ingest, migrate, models, rebuild, run, show, sql
 from infra.cli import config as config_commands
 from infra.cli.help import EXIT_CODES, HELP_ASKED, Panelled, examples
 from infra.cli.output import NO, USAGE
@@ -34,7 +34,21 @@ app = typer.Typer(
     epilog=f"{_FIRST_STEPS}\n\n{EXIT_CODES}",
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for commands in (run, ingest, show, events, sql, cameras, dlq, doctor, models, migrate, config_commands):
+for commands in (
+    run,
+    ingest,
+    show,
+    events,
+    sql,
+    cameras,
+    dlq,
+    doctor,
+    audit,
+    models,
+    migrate,
+    rebuild,
+    config_commands,
+):
     commands.register(app)
 
 

@@ -32,7 +32,11 @@ def register(app: typer.Typer) -> None:
     )(up)
     app.command(
         rich_help_panel=RUN,
-        epilog=examples("rewatch demo", "REWATCH_DATA_DIR=/tmp/demo rewatch demo  # leaves .rewatch alone"),
+        epilog=examples(
+            "rewatch demo",
+            "REWATCH_DATA_DIR=/tmp/demo rewatch demo  # leaves .rewatch alone",
+            "rewatch demo --footage day/ --mp4        # only writes the footage, to play with",
+        ),
     )(demo)
     app.command(
         "run",
@@ -86,12 +90,25 @@ def up(ctx: typer.Context) -> None:
     mendable(settings, lambda: asyncio.run(main()))
 
 
-def demo(ctx: typer.Context) -> None:
+def demo(
+    ctx: typer.Context,
+    footage: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", file_okay=False, help="Only write the footage there: a folder of JPEGs a camera."),
+    ] = None,
+    mp4: Annotated[bool, typer.Option("--mp4", help="With --footage: an MP4 a camera instead.")] = False,
+) -> None:
     """Play three rendered cameras through everything, show what it found, and stop.
 
     On the real broker, ClickHouse engine, detector and LLM server, in about a minute. The data stay.
     """
-    from infra.demo import DemoError, run_demo
+    from infra.demo import DemoError, run_demo, write_demo_footage
+
+    if mp4 and footage is None:
+        fail("--mp4 is how --footage DIR writes: name the DIR", USAGE)
+    if footage is not None:
+        write_demo_footage(footage, console(), mp4=mp4)
+        return
 
     async def main() -> bool:
         out = console()

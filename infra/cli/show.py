@@ -9,12 +9,12 @@ import typer
 
 from infra.cli.errors import run
 from infra.cli.help import LOOK, examples
-from infra.cli.output import AWAY, NO, JsonFlag, fail, print_json, print_table, when
+from infra.cli.output import AWAY, NO, JsonFlag, fail, print_json, print_table, printable, when
 
 if TYPE_CHECKING:
     from infra.config import Settings
-    from processors.gateway.health import Report, Stage
-    from processors.store.queries import Row
+    from processors.store.queries import Model, Row
+    from streams.health import Report, Stage
     from streams.survey import Position
 
 
@@ -60,7 +60,7 @@ def lag(ctx: typer.Context, as_json: JsonFlag = False) -> None:
     Exit code 0 when every stage is caught up, 1 when one is not. Frames of a window that is still open stand before
     `batch` until it closes.
     """
-    from processors.gateway.health import stage_of, workers
+    from streams.health import stage_of, workers
     from streams.kafka import Kafka
     from streams.survey import READS, survey
 
@@ -104,28 +104,34 @@ async def collect(settings: "Settings") -> dict[str, Any]:
     """What `rewatch status --json` says.
 
     Returns `topics` (`topic`, `records`, `exact`, `in_clickhouse`: None where it cannot be told), `stages` (`stage`,
-    `lag`, `exact`, `caught_up`, `waiting_on`, `workers`), `processes`, `metrics` (addresses of this machine's
-    processes), `dead_letters` and `problems`: services that are away. It never raises for those.
+    `lag`, `exact`, `caught_up`, `waiting_on`, `workers`), `models` (`role`, `name`, `sha256` and `toy` of those that
+    made the newest records), `processes`, `metrics` (addresses of this machine's
+    processes), `not_taken` (what lies in the inbox and is no camera's), `dead_letters` and `problems`: services that
+    are away. It never raises for those.
     """
     from infra import topology
     from infra.local.supervisor import running
-    from processors.gateway.health import look, on_log, stage_of
+    from infra.models.library import demo_digests
+    from processors.ingest.inbox import strays
     from processors.store.queries import Queries
+    from streams.health import look
     from streams.kafka import Kafka
     from streams.survey import READS
     from streams.topics import STORED
 
     async with aclosing(Queries(settings.clickhouse)) as store:
+        models: dict[str, Model] = {}
 
         async def stored() -> "tuple[dict[str, int], list[Row]]":
+            models.update(await store.models())
             return await store.counts(), await store.dead_letter_counts()
 
         seen = await look(Kafka(settings.kafka), stored, settings.data_dir, fixes=topology.fixes(settings))
     processes = await asyncio.to_thread(running, settings.data_dir)
-    stages = [stage_of(name, seen.log.positions[name] if seen.log else None, seen.reports) for name in READS]
+    toys = demo_digests()
     topics = []
     for topic in STORED:
-        records, exact = on_log(seen.log, topic)
+        records, exact = seen.on_log(topic)
         in_clickhouse = None if seen.stored is None else seen.stored.get(topic, 0)
         topics.append({"topic": topic, "records": records, "exact": exact, "in_clickhouse": in_clickhouse})
     return {
@@ -135,15 +141,20 @@ async def collect(settings: "Settings") -> dict[str, Any]:
         "topics": topics,
         "stages": [
             _stage(stage, name) | {"workers": [_worker(report) for report in stage.reports]}
-            for name, stage in zip(READS, stages, strict=True)
+            for name, stage in ((name, seen.stage(name)) for name in READS)
+        ],
+        "models": [
+            {"role": role, "name": model.name, "sha256": model.digest, "toy": model.digest in toys}
+            for role, model in sorted(models.items(), reverse=True)  # the detector first, as images meet them
         ],
         "processes": [
             {"name": name, **{key: process.get(key) for key in ("state", "pid", "port", "restarts", "started_at")}}
             for name, process in processes.items()
         ],
         "metrics": sorted({report["metrics"] for report in seen.reports if report.get("metrics")}),
+        "not_taken": strays(settings.ingest.folder) if settings.ingest.folder.enabled else [],
         "dead_letters": seen.letters,
-        "problems": [problem.model_dump() for problem in seen.problems],
+        "problems": [problem._asdict() for problem in seen.problems],
     }
 
 
@@ -203,6 +214,30 @@ def _print_status(state: dict[str, Any], settings: "Settings") -> None:
         )
     else:
         typer.echo(f"nothing is run here by `rewatch up` (data_dir {state['data_dir']})")
+    # Nothing is known of what nobody tells: a table of dashes and zeros would look like an answer.
+    if any(stage["workers"] or stage["lag"] is not None for stage in state["stages"]):
+        _print_stages(state["stages"])
+    if any(topic["records"] is not None or topic["in_clickhouse"] is not None for topic in state["topics"]):
+        _print_topics(state["topics"])
+    for model in state["models"]:
+        toy = ", a toy that comes with the demo and guards nothing: `rewatch models ls`" if model["toy"] else ""
+        typer.echo(f"{model['role']}: {printable(model['name'])}{toy}")
+    if state["metrics"]:
+        first = state["metrics"][0]
+        typer.echo(f"metrics: {first}; {first.removesuffix('metrics')}targets lists those of every process here")
+    if state["not_taken"]:
+        some = ", ".join(map(repr, state["not_taken"][:3])) + (", ..." if len(state["not_taken"]) > 3 else "")
+        typer.echo(f"not taken from {settings.ingest.folder.root}: {some}: `rewatch doctor` says why")
+    for letters in state["dead_letters"] or []:
+        typer.echo(
+            f"{letters['count']} dead letters of {letters['stage']} ({letters['kind']}): "
+            f"`rewatch dlq ls --stage {letters['stage']}`"
+        )
+    for problem in state["problems"]:
+        typer.echo(f"error: {problem['message']}", err=True)
+
+
+def _print_stages(stages: list[dict[str, Any]]) -> None:
     print_table(
         ("stage", "workers", "behind", "in hand", "waiting on"),
         [
@@ -213,28 +248,21 @@ def _print_status(state: dict[str, Any], settings: "Settings") -> None:
                 sum(worker["in_hand"] for worker in stage["workers"]),
                 ", ".join([*stage["waiting_on"], *(w["stall"] for w in stage["workers"] if w["stall"])]),
             )
-            for stage in state["stages"]
+            for stage in stages
         ],
     )
+
+
+def _print_topics(topics: list[dict[str, Any]]) -> None:
     print_table(
         ("topic", "records", "in ClickHouse"),
         [
             (topic["topic"], _count_text(topic["records"], exact=topic["exact"]), topic["in_clickhouse"])
-            for topic in state["topics"]
-            if topic["records"] != 0 or topic["in_clickhouse"]
+            for topic in topics
+            if topic["records"] or topic["in_clickhouse"]
         ]
         or [("none has any", "", "")],
     )
-    if state["metrics"]:
-        first = state["metrics"][0]
-        typer.echo(f"metrics: {first}; {first.removesuffix('metrics')}targets lists those of every process here")
-    for letters in state["dead_letters"] or []:
-        typer.echo(
-            f"{letters['count']} dead letters of {letters['stage']} ({letters['kind']}): "
-            f"`rewatch dlq ls --stage {letters['stage']}`"
-        )
-    for problem in state["problems"]:
-        typer.echo(f"error: {problem['message']}", err=True)
 
 
 def _count_text(count: int | None, *, exact: bool) -> Any:

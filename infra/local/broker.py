@@ -49,6 +49,10 @@ JVM_OPTIONS = (
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSS",
 )
 
+# After a power cut or a kill it reads its logs' ends before it answers: 75 s were seen on a machine that was busy with
+# much else, and a long log on a slow disk takes longer. One that were ended meanwhile would begin again, for ever.
+_RECOVERY_S = 900.0
+
 HOST = "127.0.0.1"
 MESSAGE_MAX_BYTES = 4 * 1024 * 1024  # 100 boxes and an inline image are below 100 KB; dead letters carry 256 KB
 INT_MAX = 2**31 - 1
@@ -176,6 +180,7 @@ class Broker:
             ready=self._ready,
             cleanup=self._lock.release,
             port=self.port,
+            ready_timeout=_RECOVERY_S,
             stop_timeout=15.0,
         )
 

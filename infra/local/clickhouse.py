@@ -17,7 +17,6 @@ import json
 import logging
 import re
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -42,7 +41,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from infra.local.process import BEHIND, ProcessSpec, StartError, require_free_port
-from streams.serving import by_web_page
+from streams.serving import bind, by_web_page
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -553,10 +552,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         require_free_port(HOST, arguments.port, what="The embedded ClickHouse", setting="--port")
-        listener = socket.create_server((HOST, arguments.port), backlog=256)
-        # asyncio sets this only on sockets made with IPPROTO_TCP. Without it every answer on a connection that is used
-        # again waits 40 ms, for the client's delayed acknowledgement.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener = bind(HOST, arguments.port)
         config = uvicorn.Config(
             Server(arguments.path).app,
             log_level="warning",

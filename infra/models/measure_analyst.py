@@ -6,7 +6,7 @@ verdict's JSON schema as grammar.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ class AnalystScores:
         score_error: Mean distance from the right score, points of 100; 100 where no score was written.
         prompt_shift: Of the windows where an added sentence (in a wording never trained on) changes the right
             level, the share where the level changed to the right one.
+        flips: How many windows those were.
     """
 
     asked: int
@@ -54,6 +55,7 @@ class AnalystScores:
     exact: float
     score_error: float
     prompt_shift: float
+    flips: int
 
 
 @contextmanager
@@ -93,8 +95,13 @@ def _plain(s: Sample) -> dict[str, Any]:
     return verdict(s.window, type(s.policy)())
 
 
-def measure(model: Path, count: int = 200, threads: int = 1) -> AnalystScores:
-    """Asks for `count` held-out windows, their instructions' added sentences in held-out wordings."""
+def measure(
+    model: Path, count: int = 200, threads: int = 1, on_done: Callable[[int], None] = lambda _: None
+) -> AnalystScores:
+    """Asks for `count` held-out windows, their instructions' added sentences in held-out wordings.
+
+    `on_done` is told after each how many are done.
+    """
     bands = facts = exact = shifted = flips = 0
     error = 0
     with served(model, threads) as address, httpx.Client(base_url=address, timeout=60) as client:
@@ -113,7 +120,10 @@ def measure(model: Path, count: int = 200, threads: int = 1) -> AnalystScores:
             if level(_plain(s)["risk_score"]) != level(right["risk_score"]):
                 flips += 1
                 shifted += same_band
-    return AnalystScores(count, bands / count, facts / count, exact / count, error / count, shifted / max(1, flips))
+            on_done(i + 1)
+    return AnalystScores(
+        count, bands / count, facts / count, exact / count, error / count, shifted / max(1, flips), flips
+    )
 
 
 def main() -> None:

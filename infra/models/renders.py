@@ -72,3 +72,9 @@ def load(folder: Path, first_seed: int, count: int, workers: int = 1) -> Renders
         truth.write_bytes(pickle.dumps((labels, boxes)))
     labels, boxes = pickle.loads(truth.read_bytes())  # noqa: S301  (a cache that this module wrote)
     return Renders(np.load(pixels, mmap_mode="r"), labels, boxes)
+
+
+def fresh(first_seed: int, count: int) -> Renders:
+    """The scenes of `count` seeds, rendered now and here: no file of an older renderer can stand in for them."""
+    drawn = [_one(seed) for seed in range(first_seed, first_seed + count)]
+    return Renders(np.stack([image for image, _, _ in drawn]), [one[1] for one in drawn], [one[2] for one in drawn])

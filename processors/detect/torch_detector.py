@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers.utils import logging as transformers_logging
 
 from processors.detect.core import best_boxes
 from processors.detect.settings import DetectorSettings, ModelError
@@ -27,6 +28,7 @@ class TorchDetector:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif device == "cuda" and not torch.cuda.is_available():
             raise ModelError("detector.device is cuda, but torch sees no CUDA device: set it to auto or cpu")
+        transformers_logging.disable_progress_bar()  # it is drawn for terminals, and would stand in the log
         try:
             self._processor: Any = AutoImageProcessor.from_pretrained(path)
             self._model: Any = AutoModelForObjectDetection.from_pretrained(path)

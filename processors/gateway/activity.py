@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 
 from processors.gateway.detail import image_address
-from processors.gateway.models import CameraCard, Gap, Hour
+from processors.gateway.models import CameraCard, CameraName, Gap, Hour
 from processors.gateway.reads import Pauses
 from processors.store.queries import Row
 
@@ -13,15 +13,20 @@ LEAST_GAP = timedelta(minutes=5)
 _TIMES_USUAL = 10
 
 
-def card(camera_id: str, *, known: Row | None, last: Row | None, frames: int, events: Row, now: datetime) -> CameraCard:
-    """A camera's card, from what is set for it, its newest frame, and its last 24 hours' frames and events."""
+def name(known: Row) -> CameraName:
+    """A camera's name, from what is set for it: its id where nothing is."""
+    camera_id = known["camera_id"]
+    return CameraName(camera_id=camera_id, name=known["name"] or camera_id, time_zone=known["time_zone"])
+
+
+def card(known: CameraName, *, last: Row | None, frames: int, events: Row, now: datetime) -> CameraCard:
+    """A camera's card, from its name, its newest frame, and its last 24 hours' frames and events."""
     usual = timedelta(milliseconds=float(last["pause_ms"])) if last else timedelta(0)
     return CameraCard(
-        camera_id=camera_id,
-        name=(known["name"] if known else "") or camera_id,
-        time_zone=known["time_zone"] if known else "UTC",
+        **known.model_dump(),
         last_frame_at=last["last_at"] if last else None,
-        last_image=image_address(camera_id, last["sha256"]) if last else None,
+        last_taken_at=last["taken_at"] if last else None,
+        last_image=image_address(known.camera_id, last["sha256"]) if last else None,
         frames_24h=frames,
         events_24h=events.get("events", 0),
         top_level_24h=events.get("top_level"),

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import StreamingResponse
 
-from processors.gateway.auth import NEEDS_KEY
+from processors.gateway.door import NEEDS_KEY
 from processors.gateway.models import (
     CameraCard,
     CameraId,

@@ -13,10 +13,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from processors.gateway import api
-from processors.gateway.auth import Door, Login, Throttle
+from processors.gateway.door import Door
+from processors.gateway.login import Login
 from processors.gateway.pages import build_pages, error_page, wants_page
 from processors.gateway.ports import InvalidError, NotFoundError, Source
 from processors.gateway.settings import GatewaySettings
+from processors.gateway.throttle import Throttle
 from processors.gateway.upload import Uploads
 from streams.errors import UnavailableError
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from processors.gateway.models import (
     CameraCard,
+    CameraName,
     EventDetail,
     EventList,
     EventSummary,
@@ -140,6 +141,18 @@ class FakeSource:
             return like[0]
         raise NotFoundError(f"there is no event {event_id}")
 
+    async def beside(self, event: EventSummary) -> tuple[EventSummary | None, EventSummary | None]:
+        """As the port says."""
+        self._check()
+        own = sorted(
+            (other for other in self._events.values() if other.camera_id == event.camera_id),
+            key=lambda other: (other.started_at, other.event_id),
+        )
+        place = [other.event_id for other in own].index(event.event_id)
+        older = _summary(own[place - 1]) if place else None
+        newer = _summary(own[place + 1]) if place + 1 < len(own) else None
+        return older, newer
+
     async def image(self, camera_id: str, sha256: str) -> bytes:
         """As the port says."""
         self._check()
@@ -147,6 +160,14 @@ class FakeSource:
             return self._images[camera_id, sha256]
         except KeyError:
             raise NotFoundError(f"camera {camera_id} has no image {sha256}") from None
+
+    async def camera_names(self) -> tuple[CameraName, ...]:
+        """The names of those that were given."""
+        self._check()
+        return tuple(
+            CameraName(camera_id=camera.camera_id, name=camera.name, time_zone=camera.time_zone)
+            for camera in self._cameras.values()
+        )
 
     async def cameras(self) -> tuple[CameraCard, ...]:
         """As they were given."""

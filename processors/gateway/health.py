@@ -1,29 +1,19 @@
-"""How the pipeline is: what is on the log and in ClickHouse, how far each stage has come, what is away and its fix.
-
-`look` is behind both the gateway's page and `rewatch status`. It never raises: what is away is a problem in it.
-"""
+"""How the pipeline is, as the page shows it: a look of `streams.health` and what ClickHouse knows besides."""
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import psutil
-from aiokafka.errors import KafkaError
-
-from processors.gateway.models import DeadLetterCount, Health, Problem, StageHealth, TopicHealth
+from processors.gateway import models
+from processors.gateway.models import DeadLetterCount, Health, StageHealth, TopicHealth
 from processors.store.queries import Model, Queries, Row
-from streams import survey as surveys
-from streams.errors import UnavailableError, explain
+from streams.health import Look, Problem, Report, look, workers
 from streams.kafka import Kafka
-from streams.liveness import read_report
-from streams.survey import READS, Memory, Position, Survey
+from streams.survey import READS, Memory
 from streams.topics import STORED
-
-# A worker writes its report every second; one that is older than this by far is not at work.
-FRESH_S = 10.0
 
 # What a page waits for at most, seconds: the broker's own limits add up to a minute when its host does not answer.
 _PATIENCE_S = 10.0
@@ -31,97 +21,6 @@ _PATIENCE_S = 10.0
 _OLD_S = 2.0
 # The stages whose latency ClickHouse can tell, by the topic that they write.
 _WRITES = {"detect": "detections", "analyze": "risk_events"}
-
-Report = Mapping[str, Any]
-"""What a worker says of itself; see `streams.liveness`."""
-
-
-class Look(NamedTuple):
-    """One look at everything; None is what could not be asked."""
-
-    log: Survey | None
-    stored: Mapping[str, int] | None
-    """Records in ClickHouse by topic."""
-    letters: list[Row] | None
-    """Open dead letters: `stage`, `kind`, `count`."""
-    reports: list[Report]
-    problems: list[Problem]
-
-
-class Stage(NamedTuple):
-    """How far one stage has come, over all of its partitions and processes."""
-
-    lag: int | None
-    exact: bool
-    caught_up: bool | None
-    waiting_on: tuple[str, ...]
-    reports: list[Report]
-
-
-async def look(
-    kafka: Kafka,
-    stored: Callable[[], Awaitable[tuple[Mapping[str, int], list[Row]]]],
-    data_dir: Path,
-    *,
-    memory: Memory | None = None,
-    fixes: Mapping[str, str] | None = None,
-) -> Look:
-    """Look at the log, ClickHouse and this machine's workers at once.
-
-    Args:
-        kafka: the broker.
-        stored: asks ClickHouse for records by topic and open dead letters; raises `UnavailableError`.
-        data_dir: where workers of this machine say how they are.
-        memory: for whoever looks again and again; see `streams.survey`.
-        fixes: what to do when a service (`broker`, `clickhouse`) is away, in this installation.
-    """
-    problems: list[Problem] = []
-    fixes = fixes or {}
-
-    async def log() -> Survey | None:
-        try:
-            return await surveys.survey(kafka, memory=memory)
-        except (KafkaError, TimeoutError, OSError) as error:
-            problems.append(Problem(service="broker", message=broker_away(kafka, error, fixes.get("broker", ""))))
-            return None
-
-    async def store() -> tuple[Mapping[str, int] | None, list[Row] | None]:
-        try:
-            return await stored()
-        except UnavailableError as error:
-            problems.append(Problem(service="clickhouse", message=f"{error}{fixes.get('clickhouse', '')}"))
-            return None, None
-
-    found, (counts, letters), reports = await asyncio.gather(log(), store(), asyncio.to_thread(workers, data_dir))
-    return Look(found, counts, letters, reports, problems)
-
-
-def stage_of(name: str, positions: Sequence[Position] | None, reports: Sequence[Report]) -> Stage:
-    """One stage, from its positions on the log (None while the broker is away) and its workers' reports."""
-    ours = [report for report in reports if report["stage"] == name]
-    return Stage(
-        None if positions is None else sum(p.behind.records for p in positions),
-        positions is None or all(p.behind.exact for p in positions),
-        None if positions is None else all(p.behind == (0, True) for p in positions),
-        tuple(sorted({what for report in ours for what in report["waiting_on"]})),
-        ours,
-    )
-
-
-def workers(data_dir: Path) -> list[Report]:
-    """What the live workers on this data directory say of themselves."""
-    reports: list[Report] = []
-    for path in sorted((data_dir / "status").glob("*.json")):
-        report = read_report(path)
-        if report is not None and psutil.pid_exists(report["pid"]) and time.time() - report["written_at"] < FRESH_S:
-            reports.append(report)
-    return reports
-
-
-def broker_away(kafka: Kafka, error: BaseException, fix: str = "") -> str:
-    """Which setting names the broker that does not answer, what to do, and what it said."""
-    where = f"no answer from the broker at {kafka.settings.bootstrap_servers} (kafka.bootstrap_servers)"
-    return f"{where}; {fix or 'look there'}: {explain(error)}"
 
 
 class Pulse:
@@ -188,8 +87,8 @@ class Pulse:
         except TimeoutError:
             reports = await asyncio.to_thread(workers, self._data_dir)
             slow = Problem(
-                service="gateway",
-                message=f"the broker or ClickHouse took longer than {_PATIENCE_S:g} s to say how they are; "
+                "gateway",
+                f"the broker or ClickHouse took longer than {_PATIENCE_S:g} s to say how they are; "
                 "look at their load, and at kafka.bootstrap_servers and clickhouse.url",
             )
             seen = Look(None, None, None, reports, [slow])
@@ -203,7 +102,7 @@ def absent(expected: Mapping[str, str], reports: Sequence[Report]) -> list[Probl
     """The stages that should be at work on this machine and of which no process says a word."""
     there = {report["stage"] for report in reports}
     return [
-        Problem(service=stage, message=f"no process of it is at work here, though `rewatch up` runs it; look at {log}")
+        Problem(stage, f"no process of it is at work here, though `rewatch up` runs it; look at {log}")
         for stage, log in expected.items()
         if stage not in there
     ]
@@ -234,12 +133,12 @@ def _health(seen: Look, facts: _Facts, system: str, toys: Collection[str]) -> He
         dead_letters=tuple(
             DeadLetterCount(stage=row["stage"], kind=row["kind"], count=row["count"]) for row in seen.letters or ()
         ),
-        problems=tuple(seen.problems),
+        problems=tuple(models.Problem(**problem._asdict()) for problem in seen.problems),
     )
 
 
 def _topic(topic: str, seen: Look, facts: _Facts) -> TopicHealth:
-    records, exact = on_log(seen.log, topic)
+    records, exact = seen.on_log(topic)
     return TopicHealth(
         topic=topic,
         records=records,
@@ -249,16 +148,8 @@ def _topic(topic: str, seen: Look, facts: _Facts) -> TopicHealth:
     )
 
 
-def on_log(log: Survey | None, topic: str) -> tuple[int | None, bool]:
-    """How many records of a topic are on the log, and whether each was seen."""
-    if log is None:
-        return None, True
-    count = log.records.get(topic)
-    return (count.records, count.exact) if count is not None else (0, True)
-
-
 def _stage(name: str, seen: Look, facts: _Facts) -> StageHealth:
-    stage = stage_of(name, seen.log.positions[name] if seen.log is not None else None, seen.reports)
+    stage = seen.stage(name)
     latency = facts.latency.get(_WRITES.get(name, ""), {})
     return StageHealth(
         stage=name,

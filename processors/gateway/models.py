@@ -194,14 +194,21 @@ class EventDetail(EventSummary):
     """Those given on it, and those on its camera that cover at least half of its time; newest first."""
 
 
-class CameraCard(Model):
-    """A camera in the list of cameras."""
+class CameraName(Model):
+    """A camera, as it is named to choose from."""
 
     camera_id: str
     name: str
     time_zone: str
+
+
+class CameraCard(CameraName):
+    """A camera in the list of cameras."""
+
     last_frame_at: datetime | None
     """Arrival of its newest frame."""
+    last_taken_at: datetime | None = None
+    """When the newest of its pictures was taken: long before, where a recording or an archive was played in."""
     last_image: str | None
     frames_24h: int
     events_24h: int

@@ -1,10 +1,9 @@
 """The pages: HTML rendered here, from the same shapes that the JSON API answers with.
 
 Everything works without JavaScript but liveness. No script and no style is inline, and nothing comes from elsewhere:
-the policy in `auth` refuses it, so that what cameras and models write could not run even if an escape were missing.
+the policy in `headers` refuses it, so that what cameras and models write could not run even if an escape were missing.
 """
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Mapping
@@ -21,8 +20,8 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from processors.gateway import drawing, words
-from processors.gateway.auth import local
-from processors.gateway.models import CameraCard, EventDetail, EventSummary, FrameView, Level, NewLabel, Verdict
+from processors.gateway.login import local
+from processors.gateway.models import CameraName, EventDetail, EventSummary, FrameView, Level, NewLabel, Verdict
 from processors.gateway.ports import InvalidError, NotFoundError, Source
 
 _HERE = Path(__file__).parent
@@ -36,9 +35,6 @@ SPANS = {
 
 # A page of cards with their pictures is about a megabyte at 20 KB a picture.
 _PAGE = 50
-# An event's successor is looked for in ever longer spans: the list comes newest first, and the nearest is wanted.
-_NEARBY = (timedelta(hours=1), timedelta(days=2), timedelta(days=60))
-_NEARBY_LIMIT = 500
 _DAY = timedelta(days=1)
 
 
@@ -104,13 +100,15 @@ class _Pages:
 
     async def events(self, request: Request) -> Response:
         """The latest events, or those that the address asks for."""
-        cameras = await self._source.cameras()
+        cameras: tuple[CameraName, ...] = await self._source.camera_names()
         asked = _asked(request)
         time_zone = _common_zone(cameras, asked.camera)
         since, until = _between(asked, time_zone)
         listed = await self._source.events(
             camera=asked.camera, level=asked.level, since=since, until=until, before=asked.before, limit=_PAGE
         )
+        if not (listed.events or asked.narrowed or asked.before):  # the first run: it tells how far the frames are
+            cameras = await self._source.cameras()
         return _page(
             request,
             "events.html",
@@ -125,7 +123,7 @@ class _Pages:
     async def event(self, request: Request) -> Response:
         """One event whole."""
         event = await self._source.event(request.path_params["event_id"])
-        older, newer = await asyncio.gather(self._older(event), self._newer(event))
+        older, newer = await self._source.beside(event)
         return _page(
             request,
             "event.html",
@@ -196,19 +194,19 @@ class _Pages:
     ) -> Response:
         camera = await self._known(request.path_params["camera_id"])
         now = datetime.now(UTC)
-        clock = words.zone(camera.time_zone)
-        today = now.astimezone(clock).date()
+        today = words.local_date(now, camera.time_zone)
         day = day or today
         since, until = _day_of(day, camera.time_zone)
         timeline = await self._source.timeline(camera.camera_id, since, until)
-        seen = camera.last_frame_at.astimezone(clock).date() if camera.last_frame_at else None
+        taken_at = timeline.camera.last_taken_at
+        seen = words.local_date(taken_at, camera.time_zone) if taken_at else None
         return _page(
             request,
             "camera.html",
             status=422 if refused else 200,
             day=day,
             today=today,
-            # A camera that has been silent for days: the day to look at is its last one.
+            # A camera that has been silent for days, or whose archive was played in: the day to look at is its last.
             last_day=seen if seen and seen != day else None,
             before=day - _DAY,
             after=day + _DAY if day < today else None,
@@ -219,28 +217,13 @@ class _Pages:
             form=form or {},
         )
 
-    async def _known(self, camera_id: str) -> CameraCard:
-        cameras = await self._source.cameras()
+    async def _known(self, camera_id: str) -> CameraName:
+        cameras = await self._source.camera_names()
         for camera in cameras:
             if camera.camera_id == camera_id:
                 return camera
         known = ", ".join(camera.camera_id for camera in cameras) or "none yet"
         raise NotFoundError(f"there is no camera {camera_id}; known: {known}")
-
-    async def _older(self, event: EventSummary) -> EventSummary | None:
-        found = await self._source.events(camera=event.camera_id, until=event.started_at, limit=10)
-        return next((other for other in found.events if other.started_at < event.started_at), None)
-
-    async def _newer(self, event: EventSummary) -> EventSummary | None:
-        since = event.started_at
-        for span in _NEARBY:
-            found = await self._source.events(
-                camera=event.camera_id, since=since, until=since + span, limit=_NEARBY_LIMIT
-            )
-            later = [other for other in found.events if other.started_at > since]
-            if later:
-                return later[-1]
-        return None
 
 
 class _Static(StaticFiles):
@@ -308,7 +291,7 @@ def _between(asked: _Filter, time_zone: str) -> tuple[datetime | None, datetime 
     return since, until
 
 
-def _common_zone(cameras: tuple[CameraCard, ...], chosen: str | None) -> str:
+def _common_zone(cameras: tuple[CameraName, ...], chosen: str | None) -> str:
     """The zone in which the dates of a filter are meant: the chosen camera's, or the one that all share, or UTC."""
     zones = {camera.time_zone for camera in cameras if chosen in {None, camera.camera_id}}
     return zones.pop() if len(zones) == 1 else "UTC"

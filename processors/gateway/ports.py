@@ -6,6 +6,7 @@ from typing import Protocol
 
 from processors.gateway.models import (
     CameraCard,
+    CameraName,
     EventDetail,
     EventList,
     EventSummary,
@@ -60,6 +61,9 @@ class Source(Protocol):
             NotFoundError: there is none.
         """
 
+    async def beside(self, event: EventSummary) -> tuple[EventSummary | None, EventSummary | None]:
+        """The live event before this one on its camera, and the one behind it; None where there is none."""
+
     async def image(self, camera_id: str, sha256: str) -> bytes:
         """A frame's JPEG.
 
@@ -67,8 +71,11 @@ class Source(Protocol):
             NotFoundError: no frame of this camera has these bytes, or they are not kept any more.
         """
 
+    async def camera_names(self) -> tuple[CameraName, ...]:
+        """Every camera that was set or sent a frame, by name."""
+
     async def cameras(self) -> tuple[CameraCard, ...]:
-        """Every camera, by name."""
+        """The same, each with how it is: for whoever shows that, as it asks for much more."""
 
     async def timeline(self, camera_id: str, since: datetime, until: datetime) -> Timeline:
         """What a camera did in a span of at most 31 days.

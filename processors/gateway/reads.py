@@ -102,6 +102,18 @@ class Reads:
         )
         return [Key(row["started_at"], row["event_id"]) for row in rows]
 
+    async def next(self, camera: str, after: Key) -> list[Key]:
+        """The key of the live event of a camera that follows on `after`, if one does."""
+        rows = await self._rows(
+            f"SELECT started_at, event_id FROM risk_events FINAL WHERE run = 'live' AND {_OF_CAMERA} "
+            "AND (started_at, event_id) > (fromUnixTimestamp64Milli({after_at:Int64}), {after_id:String}) "
+            "ORDER BY started_at, event_id LIMIT 1",
+            camera=camera,
+            after_at=ms(after.started_at),
+            after_id=after.event_id,
+        )
+        return [Key(row["started_at"], row["event_id"]) for row in rows]
+
     async def summaries(self, event_ids: Sequence[str]) -> dict[str, Row]:
         """What lists show of these events, by id: the narrow columns of `risk_events`."""
         events = await self._by_ids(
@@ -230,25 +242,33 @@ class Reads:
         return bytes.fromhex(rows[0]["value"]), bytes.fromhex(rows[0]["fingerprint"]) or None
 
     async def camera_names(self, camera: str | None = None) -> list[Row]:
-        """`camera_id`, `name` and `time_zone` of every camera that was ever set, or of one."""
+        """`camera_id`, `name` and `time_zone` of every camera that was ever set or sent a frame, or of one.
+
+        The name is empty where none was set, the zone UTC. Read from projection `newest`, as what follows.
+        """
         return await self._rows(
-            "SELECT camera_id, name, "
-            "if(zone IN (SELECT time_zone FROM system.time_zones), zone, 'UTC') AS time_zone FROM "
+            "SELECT k.camera_id AS camera_id, c.name AS name, "
+            "if(c.zone IN (SELECT time_zone FROM system.time_zones), c.zone, 'UTC') AS time_zone FROM "
+            f"(SELECT camera_id FROM frames WHERE {_OF} GROUP BY camera_id "
+            f"UNION DISTINCT SELECT camera_id FROM cameras WHERE {_OF}) AS k LEFT ANY JOIN "
             "(SELECT camera_id, argMax(name, (updated_at, `offset`)) AS name, "
-            f"argMax(time_zone, (updated_at, `offset`)) AS zone FROM cameras WHERE {_OF} GROUP BY camera_id)",
+            f"argMax(time_zone, (updated_at, `offset`)) AS zone FROM cameras WHERE {_OF} GROUP BY camera_id) AS c "
+            "ON c.camera_id = k.camera_id",
             camera=camera or "",
         )
 
     async def newest_frames(self, camera: str | None = None) -> list[Row]:
-        """By camera: `last_at` (arrival), that frame's `sha256`, and `pause_ms`, the median of the last 200."""
+        """By camera: `last_at` (arrival), that frame's `sha256`, and `pause_ms`, the median of the last 200.
+
+        `taken_at` is when the newest was taken; another frame than the newest to arrive, perhaps.
+        """
         return await self._rows(
-            "SELECT f.camera_id AS camera_id, f.arrived_at AS last_at, f.sha256 AS sha256, p.pause_ms AS pause_ms "
-            "FROM (SELECT camera_id, arrived_at, sha256 FROM frames WHERE (camera_id, arrived_at) IN "
-            f"(SELECT camera_id, max(arrived_at) FROM frames WHERE {_OF} GROUP BY camera_id) "
-            "LIMIT 1 BY camera_id) AS f "
-            "INNER JOIN (SELECT camera_id, groupArraySorted(200)(-toUnixTimestamp64Milli(arrived_at)) AS newest, "
+            "SELECT camera_id, last_at, taken_at, sha256, "
             "if(length(newest) < 2, 0, arrayReduce('medianExact', arrayPopFront(arrayDifference(newest)))) AS pause_ms "
-            f"FROM frames WHERE {_OF} GROUP BY camera_id) AS p ON p.camera_id = f.camera_id",
+            f"FROM (SELECT camera_id, max(arrived_at) AS last_at, max({_TAKEN}) AS taken_at, "
+            "argMax(sha256, arrived_at) AS sha256, "
+            "groupArraySorted(200)(-toUnixTimestamp64Milli(arrived_at)) AS newest "
+            f"FROM frames WHERE {_OF} GROUP BY camera_id)",
             camera=camera or "",
         )
 

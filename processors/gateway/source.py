@@ -16,6 +16,7 @@ from processors.gateway.labels import Labels
 from processors.gateway.live import Cursor, Feed
 from processors.gateway.models import (
     CameraCard,
+    CameraName,
     EventDetail,
     EventList,
     EventSummary,
@@ -114,13 +115,26 @@ class StoredSource:
             summary, lineage, settings=settings, prompt_name=prompt_name, labels=labels, toys=self._toys
         )
 
+    async def beside(self, event: EventSummary) -> tuple[EventSummary | None, EventSummary | None]:
+        """Its neighbours in time; see the port."""
+        key = Key(event.started_at, event.event_id)
+        older, newer = await asyncio.gather(
+            self._reads.page(camera=event.camera_id, before=key, limit=1), self._reads.next(event.camera_id, key)
+        )
+        found = {s.event_id: s for s in await self._summaries.of([near.event_id for near in (*older, *newer)])}
+        return found.get(older[0].event_id) if older else None, found.get(newer[0].event_id) if newer else None
+
     async def image(self, camera_id: str, sha256: str) -> bytes:
         """A frame's JPEG; see the port."""
         return await self._images.get(camera_id, sha256)
 
+    async def camera_names(self) -> tuple[CameraName, ...]:
+        """Every camera's name; see the port."""
+        return tuple(sorted(map(activity.name, await self._reads.camera_names()), key=_by_name))
+
     async def cameras(self) -> tuple[CameraCard, ...]:
         """Every camera; see the port."""
-        return tuple(sorted(await self._cards(), key=lambda card: (card.name.casefold(), card.camera_id)))
+        return tuple(sorted(await self._cards(), key=_by_name))
 
     async def timeline(self, camera_id: str, since: datetime, until: datetime) -> Timeline:
         """What a camera did; see the port."""
@@ -214,19 +228,21 @@ class StoredSource:
         names, newest, (frames, events) = await asyncio.gather(
             self._reads.camera_names(camera), self._reads.newest_frames(camera), self._reads.day(now - _DAY, camera)
         )
-        known = {row["camera_id"]: row for row in names}
         last = {row["camera_id"]: row for row in newest}
         return [
             activity.card(
-                name,
-                known=known.get(name),
-                last=last.get(name),
-                frames=frames.get(name, 0),
-                events=events.get(name, {}),
+                known,
+                last=last.get(known.camera_id),
+                frames=frames.get(known.camera_id, 0),
+                events=events.get(known.camera_id, {}),
                 now=now,
             )
-            for name in known.keys() | last.keys()
+            for known in map(activity.name, names)
         ]
+
+
+def _by_name(camera: CameraName) -> tuple[str, str]:
+    return camera.name.casefold(), camera.camera_id
 
 
 def _mark(key: Key) -> str:

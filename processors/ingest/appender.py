@@ -6,7 +6,6 @@ transaction, because a transaction costs the same for one frame as for many.
 """
 
 import asyncio
-import hashlib
 import json
 import random
 import time
@@ -21,13 +20,16 @@ from aiokafka.errors import KafkaError
 from processors.ingest import core
 from processors.ingest.metrics import IngestMetrics
 from processors.ingest.ports import CameraLog, Cameras, Log
+from processors.ingest.rejected import Note, content_name
 from processors.ingest.settings import IngestSettings
-from schemas.records import Camera, DeadLetter
+from processors.ingest.shed import Shed
+from schemas.records import Camera, DeadLetter, DeadLetterStatus
 from streams import codec
 from streams.claims import INLINE_LIMIT, ClaimStore
 from streams.delivery import DEAD_LETTER_INLINE
 from streams.errors import FencedError, UnavailableError, UncertainError
 from streams.messages import Emit, Tick
+from streams.redrives import OPEN, RESOLVED, STATUS
 
 log = structlog.get_logger(__name__)
 
@@ -49,6 +51,10 @@ class Entry(NamedTuple):
     """Capture time of a frame, ms, for whoever wants to append in that order."""
     source: str = ""
     """By which way it came in."""
+    outcome: Literal["rejected", "shed"] = "rejected"
+    """Of a dead letter: why there is one."""
+    also: tuple[Emit, ...] = ()
+    """What else its transaction says; also where the entry is known."""
 
 
 class Receipt(NamedTuple):
@@ -203,6 +209,7 @@ class CameraAppender:
         receipts: list[Receipt] = []
         frames = repeats = 0
         for entry in entries:
+            emits += entry.also
             if entry.name is not None:
                 if entry.name in names or self._memory.knows(entry.name):
                     ours = entry.name in uncertain and entry.name not in names
@@ -288,7 +295,9 @@ class Appenders:
         self._backoff_s = backoff_s
         self._ways: dict[str, CameraAppender] = {}
         self._stopping = False
-        self.metrics = IngestMetrics()
+        self.shed = Shed(settings.shed)
+        """Whether new frames are shed now."""
+        self.metrics = IngestMetrics(self.shed)
         self.waiting_on: dict[str, str] = {}
         """What cameras' last appends waited on, by camera; one that went through is not in it."""
 
@@ -338,8 +347,10 @@ class Appenders:
                 f"`rewatch camera set {camera_id} --time-zone Europe/Berlin`",
             ) from error
 
-    async def prepare(self, submission: core.Submission) -> Entry:
+    async def prepare(self, submission: core.Submission, note: Note | None = None) -> Entry:
         """Check the image, store it if it is large, and make its record. It may be dropped: nothing is appended yet.
+
+        With the note of a file that was put back, its dead letter is resolved by it.
 
         Raises:
             RejectedError: it is no image that can be taken.
@@ -349,45 +360,72 @@ class Appenders:
         zone = self.zone(submission.camera_id)
         if len(submission.data) <= INLINE_LIMIT:
             # All of it in one visit to a thread: a visit costs as much CPU as hashing twice (75 us measured).
-            return await asyncio.to_thread(lambda: self._entry(submission, self._look(submission, zone), zone))
+            return await asyncio.to_thread(
+                lambda: self._entry(submission, self._look(submission, zone), zone, note=note)
+            )
         picture = await asyncio.to_thread(self._look, submission, zone)
         claim = await self._claims.put(submission.data)
-        return await asyncio.to_thread(self._entry, submission, picture, zone, claim)
+        return await asyncio.to_thread(lambda: self._entry(submission, picture, zone, claim, note))
 
     def _look(self, submission: core.Submission, zone: ZoneInfo) -> core.Picture:
         s = self.settings
         return core.look(submission.data, max_bytes=s.max_bytes, max_pixels=s.max_pixels, zone=zone)
 
     def _entry(
-        self, submission: core.Submission, picture: core.Picture, zone: ZoneInfo, claim: str | None = None
+        self,
+        submission: core.Submission,
+        picture: core.Picture,
+        zone: ZoneInfo,
+        claim: str | None = None,
+        note: Note | None = None,
     ) -> Entry:
         captured = core.capture_time(picture, submission, self.patterns, zone)
         frame = core.build_frame(submission, picture, captured, claim=claim)
-        return Entry(frame.frame_id, codec.emit("frames", frame), frame.captured_at, submission.source)
+        return Entry(
+            frame.frame_id,
+            codec.emit("frames", frame),
+            frame.captured_at,
+            submission.source,
+            also=() if note is None else (self._status(note, RESOLVED, frame.frame_id),),
+        )
 
-    async def reject(self, submission: core.Submission, error: core.RejectedError, size: int) -> Entry:
+    def _status(self, note: Note, status: str, record: str) -> Emit:
+        return codec.emit(
+            STATUS,
+            DeadLetterStatus(origin=note.origin, status=status, by="ingest", at=self.now_ms(), record=record),
+            0,
+        )
+
+    async def reject(
+        self, submission: core.Submission, error: core.RejectedError, size: int, note: Note | None = None
+    ) -> Entry:
         """The dead letter of a file that is not taken, remembered like a frame, so that it too is there once.
+
+        With the note of a file that was put back it is one more of the same origin.
 
         Args:
             submission: the file; its data are empty where it was too long to be read.
             error: why.
             size: the file's length, bytes.
+            note: what stood beside a file that was put back.
 
         Raises:
             UnavailableError: the image store stands in the way.
         """
         data = submission.data
-        sha256 = hashlib.sha256(data or f"{size}:{submission.file_at}".encode()).hexdigest()
         name = core.clean_name(submission.name)
         large = len(data) > DEAD_LETTER_INLINE
+        content = content_name(data, size, submission.file_at)
+        origin = f"{submission.source}:{submission.camera_id}/{name}@{content}"
+        attempt = 1 if note is None else note.attempts + 1
         letter = DeadLetter(
-            origin=f"{submission.source}:{submission.camera_id}/{name}@{sha256[:16]}",
+            origin=origin if note is None else note.origin,
             camera_id=submission.camera_id,
             stage="ingest",
             kind="rejected",
             error=type(error).__name__,
             message=str(error),
-            attempt=1,
+            attempt=attempt,
             key=submission.camera_id.encode(),
             value=None if large else data,
             claim=await self._claims.put(data) if large else None,
@@ -395,7 +433,38 @@ class Appenders:
             detail=json.dumps({"name": name, "size": size, "file_at": submission.file_at}),
             failed_at=submission.arrived_at,
         )
-        return Entry(letter.origin, codec.emit("dead_letters", letter), source=submission.source)
+        emit = codec.emit("dead_letters", letter)
+        if note is None:
+            return Entry(letter.origin, emit, source=submission.source)
+        again = f"{letter.origin}#{attempt}"  # its first letter is remembered; this one is another
+        return Entry(again, emit, source=submission.source, also=(self._status(note, OPEN, again),))
+
+    def drop(self, submission: core.Submission, size: int) -> Entry:
+        """The dead letter, without its bytes, of a frame that is not taken because too much work waits.
+
+        Args:
+            submission: the image.
+            size: its length, bytes.
+        """
+        name = core.clean_name(submission.name)
+        content = content_name(submission.data, size, submission.file_at)
+        letter = DeadLetter(
+            origin=f"{submission.source}:{submission.camera_id}/{name}@{content}",
+            camera_id=submission.camera_id,
+            stage="ingest",
+            kind="shed",
+            error="Shed",
+            message=f"not taken: {self.shed.why}",
+            attempt=1,
+            key=submission.camera_id.encode(),
+            headers={},
+            detail=json.dumps({"name": name, "size": size, "waiting": dict(self.shed.waiting)}),
+            failed_at=submission.arrived_at,
+        )
+        # Byte-identical pictures are one frame, so they are dropped once. What is dropped was not looked at: it may
+        # yet be rejected, under its own name.
+        emit = codec.emit("dead_letters", letter)
+        return Entry(f"shed {letter.origin}", emit, source=submission.source, outcome="shed")
 
     def end_of_stream(self, camera_id: str) -> Entry:
         """The tick that ends a camera's stream and closes its window."""
@@ -441,7 +510,7 @@ class Appenders:
             self.metrics.images.add(camera_id, entry.source, "accepted" if accepted else "unchanged")
             log.debug("frame", frame=entry.name, camera=camera_id, source=entry.source, status=receipt.status)
         elif accepted:
-            self.metrics.images.add(camera_id, entry.source, "rejected")
+            self.metrics.images.add(camera_id, entry.source, entry.outcome)
             log.warning("dead letter", origin=entry.name, camera=camera_id, source=entry.source)
 
     async def close(self) -> None:

@@ -5,7 +5,6 @@ event was lost, are found by the next scan, and a file whose move failed is take
 """
 
 import asyncio
-import fnmatch
 import os
 import stat
 import time
@@ -19,16 +18,16 @@ from zoneinfo import ZoneInfo
 import structlog
 from watchfiles import awatch
 
-from processors.ingest import core
+from processors.ingest import core, rejected
 from processors.ingest.appender import STOP_S, Appenders, Entry
 from processors.ingest.cursor import Cursor, Mark, fsync_directory
+from processors.ingest.inbox import ignored
 from processors.ingest.settings import FolderSettings
 from streams.errors import UnavailableError
 
 log = structlog.get_logger(__name__)
 
 DONE = ".done"
-REJECTED = ".rejected"
 
 # Files of one camera in hand at once: half a transaction's group, and bounded memory.
 _CHUNK = 32
@@ -184,7 +183,7 @@ class Folder:
         relative = path.relative_to(self._root)
         if any(part.startswith(".") for part in relative.parts):
             return
-        if any(fnmatch.fnmatch(path.name.lower(), glob.lower()) for glob in self._settings.ignore):
+        if ignored(self._settings, path.name):
             return
         folder = relative.parts[0] if len(relative.parts) > 1 else "."
         try:
@@ -308,6 +307,7 @@ class Folder:
             await self._take_chunk(folder, camera_id, chunk)
 
     async def _take_chunk(self, folder: str, camera_id: str, chunk: list[tuple[Path, _Seen]]) -> None:
+        self._appenders.shed.check("folder")
         base = self._root if folder == "." else self._root / folder
         self._check_leaving(base, chunk)
         made = await asyncio.gather(*(self._prepare(base, camera_id, path, seen) for path, seen in chunk))
@@ -347,17 +347,20 @@ class Folder:
             arrived_at=self._appenders.now_ms(),
             file_at=seen.mark.mtime_ns // 1_000_000,
         )
+        note = rejected.note_of(base, path, submission, seen.mark.size)
         try:
             if seen.mark.size > limit:
                 raise core.RejectedError(f"the file has {seen.mark.size:,} bytes, ingest.max_bytes allows {limit:,}")
-            return await self._appenders.prepare(submission), None
+            if self._appenders.shed.drops("folder"):
+                return self._appenders.drop(submission, seen.mark.size), None
+            return await self._appenders.prepare(submission, note), None
         except core.RejectedError as error:
             patience = self._settings.incomplete_s - self._stood_still(seen)
             if error.incomplete and patience > 0:
                 self._hold(path, seen, patience)
                 return None
             log.warning("rejected", file=str(path), why=str(error))
-            return await self._appenders.reject(submission, error, seen.mark.size), str(error)
+            return await self._appenders.reject(submission, error, seen.mark.size, note), str(error)
 
     def _hold(self, path: Path, seen: _Seen, seconds: float) -> None:
         """Not to be tried again for so long, unless it changes."""
@@ -390,14 +393,15 @@ class Folder:
         try:
             for path, mark, reason in taken:
                 relative = path.relative_to(base)
+                rejected.forget_note(base, path)
                 if not _is_still(path, mark):
                     continue  # replaced meanwhile: what lies there now is another file
                 if reason is not None:
-                    target = _free(base / REJECTED / relative)
-                    _write_reason(target, reason)
+                    target = rejected.free_name(base / rejected.REJECTED / relative)
+                    rejected.write_reason(target, reason)
                 elif self._settings.after == "move":
                     today = datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
-                    target = _free(base / DONE / today / relative)
+                    target = rejected.free_name(base / DONE / today / relative)
                 else:
                     path.unlink()
                     touched.add(path.parent)
@@ -519,21 +523,3 @@ def _is_still(path: Path, mark: Mark) -> bool:
     except FileNotFoundError:
         return False
     return (found.st_size, found.st_mtime_ns) == mark[1:]
-
-
-def _free(target: Path) -> Path:
-    """A name at the target that nothing has yet, its folder made: cameras use names again, and no file is lost."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    candidate, n = target, 1
-    while candidate.exists():
-        n += 1
-        candidate = target.with_name(f"{target.stem}~{n}{target.suffix}")
-    return candidate
-
-
-def _write_reason(target: Path, reason: str) -> None:
-    path = target.with_name(target.name + ".reason.txt")
-    with path.open("w", encoding="utf-8") as out:
-        out.write(reason + "\n")
-        out.flush()
-        os.fsync(out.fileno())

@@ -68,6 +68,9 @@ class _Upload:
         if self._in_hand >= self._settings.max_waiting:
             self._appenders.turned_away(request.query_params.get("camera"), "upload", "shed")
             raise _refuse(429, "too many uploads at once (ingest.upload.max_waiting)", _RETRY_BUSY_S)
+        if why := self._appenders.shed.why:
+            self._appenders.turned_away(request.query_params.get("camera"), "upload", "shed")
+            raise _refuse(429, f"too much work waits: {why}", self._appenders.settings.shed.retry_after_s)
         self._in_hand += 1
         try:
             return await self._take(request)

@@ -57,7 +57,8 @@ class KafkaCameraLog:
 
     async def commit(self, emits: Sequence[Emit]) -> None:
         """Append in one transaction; see the port."""
-        await self._producer.transact([emit._replace(partition=self._partition) for emit in emits])
+        mine = self._partition
+        await self._producer.transact([e if e.partition is not None else e._replace(partition=mine) for e in emits])
 
     async def close(self) -> None:
         """Let go."""

@@ -6,7 +6,8 @@ from typing import Any
 from prometheus_client import Metric
 from prometheus_client.registry import Collector
 
-from streams.metrics import Counts
+from processors.ingest.shed import Shed
+from streams.metrics import Counts, gauge
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -18,11 +19,12 @@ class IngestMetrics(Collector):
     and only ids of known cameras become labels, so no stranger's request makes one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shed: Shed) -> None:
+        self._shed = shed
         self.images = Counts(
             "rewatch_ingest_images",
             "Images by what became of them: accepted (on the log), unchanged (was there already), rejected (no image "
-            "that can be taken), shed (429: too many at once). `camera` is empty where it is not known.",
+            "that can be taken), shed (429, or dropped as ingest.shed says). `camera` is empty where it is not known.",
             "camera",
             "source",
             "outcome",
@@ -36,6 +38,17 @@ class IngestMetrics(Collector):
         """What is scraped."""
         yield self.images.family()
         yield self.responses.family()
+        if self._shed.settings.enabled:
+            yield gauge(
+                "rewatch_ingest_shedding", "Whether new frames are shed (ingest.shed).", (), {(): bool(self._shed.why)}
+            )
+            waiting: dict[tuple[str, ...], float] = {(stage,): count for stage, count in self._shed.waiting.items()}
+            yield gauge(
+                "rewatch_ingest_backlog",
+                "Offsets that wait before the stage, as ingest last saw it; markers of transactions count.",
+                ("stage",),
+                waiting,
+            )
 
     def counting(self, app: App) -> App:
         """The ASGI app with its answers to uploads counted."""

@@ -80,9 +80,7 @@ async def play(
     """
     await patiently(lambda: appenders.camera(camera_id, create=create), lambda _: None, sleep)
     zone = appenders.zone(camera_id)
-    marks = await asyncio.to_thread(_find, directory)
-    if not marks:
-        raise PlaybackError(f"no .jpg or .jpeg file in {directory}")
+    marks = await asyncio.to_thread(files_in, directory)
     order = await asyncio.to_thread(
         lambda: {mark: capture_order(directory / mark.name, mark, appenders.patterns, zone) for mark in marks},
     )
@@ -153,7 +151,12 @@ async def _prepare(appenders: Appenders, directory: Path, camera_id: str, mark: 
     return await entry_of(appenders, submission, mark.size)
 
 
-def _find(directory: Path) -> list[Mark]:
+def files_in(directory: Path) -> list[Mark]:
+    """The JPEGs of a directory and the folders below it, hidden ones and links left out.
+
+    Raises:
+        PlaybackError: no such directory, or no JPEG in it.
+    """
     if not directory.is_dir():
         raise PlaybackError(f"{directory} is no directory")
     marks = []
@@ -164,4 +167,6 @@ def _find(directory: Path) -> list[Mark]:
                 continue
             found = path.stat()
             marks.append(Mark(str(relative), found.st_size, found.st_mtime_ns))
+    if not marks:
+        raise PlaybackError(f"no .jpg or .jpeg file in {directory}")
     return marks

@@ -14,7 +14,9 @@ from processors.ingest.http import build_app
 from processors.ingest.kafka_log import KafkaLog
 from processors.ingest.ports import Cameras, Log
 from processors.ingest.settings import IngestSettings
+from processors.ingest.shed import BACKLOG, Look
 from processors.ingest.snapshot import Snapshots
+from streams.backlog import backlog
 from streams.claims import ClaimStore
 from streams.kafka import Kafka
 from streams.liveness import Liveness
@@ -35,6 +37,7 @@ class Service:
         claims: where images above 64 KB go.
         clock: wall time, seconds since the Unix epoch.
         status: a file to write how it is.
+        look: says how much waits before the stages; without it nothing is shed.
     """
 
     def __init__(
@@ -46,9 +49,11 @@ class Service:
         *,
         clock: Callable[[], float] = time.time,
         status: Path | None = None,
+        look: Look | None = None,
     ) -> None:
         self._settings = settings
         self._status = status
+        self._look = look
         self.liveness = Liveness("ingest")
         self.appenders = Appenders(log_, cameras, claims, settings, clock=clock)
         self.folder = Folder(settings.folder, self.appenders, clock=clock) if settings.folder.enabled else None
@@ -62,6 +67,8 @@ class Service:
         if self.folder is not None:
             waits.update(self.folder.waiting_on.values())
         waits.update(source.waiting_on for source in self.snapshots)
+        if self.appenders.shed.why:
+            waits.add(BACKLOG)
         return sorted(waits - {""})
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -81,6 +88,8 @@ class Service:
                     self.url.cancel()
                 if self.folder is not None:
                     group.create_task(self.folder.run(stop), name="ingest folder")
+                if self._look is not None:
+                    group.create_task(self.appenders.shed.run(self._look, stop), name="ingest shed")
                 for source in self.snapshots:
                     group.create_task(source.run(stop), name="ingest snapshots")
         finally:
@@ -126,7 +135,14 @@ async def run(
     Raises:
         SettingsError: the upload endpoint cannot listen where it is set to.
     """
-    service = Service(KafkaLog(kafka, epoch), settings, cameras, claims, status=status)
+    service = Service(
+        KafkaLog(kafka, epoch),
+        settings,
+        cameras,
+        claims,
+        status=status,
+        look=lambda: backlog(kafka, ("detect", "analyze")),
+    )
     if endpoint is not None:
         service.liveness.metrics = endpoint.url
         endpoint.registry.register(service.appenders.metrics)

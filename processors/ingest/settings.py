@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, Secret, SecretStr, field_vali
 
 from processors.ingest import core
 from processors.ingest.address import Address, AddressError, parse
+from processors.ingest.shed import ShedSettings
 from streams.serving import EndpointSettings
 
 
@@ -156,6 +157,7 @@ class IngestSettings(BaseModel):
     )
     folder: FolderSettings = Field(default_factory=FolderSettings)
     upload: UploadSettings = Field(default_factory=UploadSettings)
+    shed: ShedSettings = Field(default_factory=ShedSettings)
     snapshots: dict[str, SnapshotSettings] = Field(
         default_factory=dict,
         description="Cameras whose pictures are fetched by HTTP: camera id to address, or to url, every_s and so on.",

@@ -16,6 +16,7 @@ from processors.ingest.appender import Appenders, Entry
 from processors.ingest.fetch import FetchError, HttpPictures, Picture, Pictures
 from processors.ingest.patience import Sleep, patiently
 from processors.ingest.settings import SnapshotSettings
+from streams.errors import UnavailableError
 
 log = structlog.get_logger(__name__)
 
@@ -38,6 +39,8 @@ class Watch(NamedTuple):
     """The picture was the one before, or known from earlier."""
     rejected: int = 0
     """No pictures that can be taken: each is a dead letter, once."""
+    shed: int = 0
+    """Dropped because too much work waits: each is a dead letter without bytes."""
     failed: int = 0
     """Nothing came."""
     size: int = 0
@@ -159,13 +162,21 @@ class Snapshots:
         """Fetch once and append; return the pause after a failure, seconds, and None where it went well."""
         started = self._monotonic()
         try:
+            self._appenders.shed.check("snapshot")
+        except UnavailableError as error:  # nobody asks the camera, so nothing is lost
+            self.watch = self.watch._replace(waiting_on=error.waiting_on, why=str(error), pause_s=0.0)
+            return None
+        try:
             picture = await pictures.get()
             self.watch = self.watch._replace(
                 answers=self.watch.answers + 1,
                 took_s=self._monotonic() - started,
                 size=self.watch.size if picture is None else picture.size,
             )
+            shed = self.watch.shed
             why = await self._take(picture)
+            if self.watch.shed > shed:  # else a camera that answers 304 would keep it to itself for ever
+                pictures.forget()
         except FetchError as error:
             if hasty and error.lasting:
                 raise LastingError(str(error)) from None
@@ -210,6 +221,11 @@ class Snapshots:
         try:
             if picture.size > limit:
                 raise core.RejectedError(f"the picture has {picture.size:,} bytes or more, ingest.max_bytes {limit:,}")
+            if self._appenders.shed.drops("snapshot"):
+                letter = self._appenders.drop(submission, picture.size)
+                await patiently(lambda: self._appenders.append(self._camera_id, [letter]), self._waits, self._sleep)
+                self.watch = self.watch._replace(shed=self.watch.shed + 1)
+                return ""
             entry = await patiently(lambda: self._appenders.prepare(submission), self._waits, self._sleep)
         except core.RejectedError as error:
             return await self._reject(submission, error, picture.size, sha256)

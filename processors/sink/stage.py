@@ -48,7 +48,7 @@ class SinkStage:
         """
         rows = core.rows(span, records)
         await self._insert(rows.log, span.token("log"))
-        refused = await self._typed(rows.typed, span.token(rows.typed.table))
+        refused = await self.typed(rows.typed, span.token(rows.typed.table))
         progress = rows.progress
         if refused:
             self.metrics.refused.add(rows.typed.table, by=len(refused))
@@ -72,7 +72,7 @@ class SinkStage:
         if since:
             self.metrics.oldest_row_seconds.observe_age(min(since), self._clock())
 
-    async def _typed(self, block: Block, token: str) -> dict[int, str]:
+    async def typed(self, block: Block, token: str) -> dict[int, str]:
         """Insert typed rows; the reason by offset for those that are refused, found by halving."""
         if not len(block):
             return {}
@@ -87,7 +87,7 @@ class SinkStage:
             return {
                 offset: reason
                 for name, half in halves.items()
-                for offset, reason in (await self._typed(half, f"{token}{name}")).items()
+                for offset, reason in (await self.typed(half, f"{token}{name}")).items()
             }
         return {}
 

@@ -1,5 +1,6 @@
 """The store behind the sink: the port, and ClickHouse over its HTTP interface."""
 
+import re
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from schemas.migrations import Migration, migrations, pending
 from streams.errors import UnavailableError
 
 log = structlog.get_logger(__name__)
+
+_ALTERS = re.compile(r"ALTER\s+TABLE\s+`?(?P<table>\w+)", re.IGNORECASE)
 
 
 class Store(Protocol):
@@ -102,6 +105,25 @@ class ClickHouseStore:
                 log.info("migrated", version=migration.version, name=migration.name, database=database)
         self._types.clear()
         return todo
+
+    async def restore(self) -> None:
+        """Make every table that is not there, empty, and every view, as the migrations that were applied have them.
+
+        Raises:
+            UnavailableError: ClickHouse is away.
+        """
+        with self.connection.naming():
+            client = await self.connection.client()
+            found = await client.query("SELECT name FROM system.tables WHERE database = currentDatabase()")
+            there = {str(name) for (name,) in found.result_rows}
+            applied = await self._applied(client)
+            for migration in migrations():
+                for statement in migration.statements if migration.version in applied else ():
+                    # What is there has been altered once; to do it again could rewrite all of it.
+                    altered = _ALTERS.match(statement)
+                    if altered is None or altered["table"] not in there:
+                        await client.command(statement)
+        self._types.clear()
 
     async def close(self) -> None:
         """Close the connection."""

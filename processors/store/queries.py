@@ -1,7 +1,7 @@
 """What the product itself asks ClickHouse: counts, events and their lineage, dead letters. People ask in SQL."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
@@ -14,14 +14,57 @@ from streams.topics import STORED
 
 Row = dict[str, Any]
 
-# Every column of a position, and the hex of what may be binary: clients take a String for text.
-_LETTER = """
-    l.origin AS origin, l.stage AS stage, l.kind AS kind, l.camera_id AS camera_id, l.error AS error,
-    l.message AS message, l.attempt AS attempt, hex(l.key) AS key, hex(l.value) AS value, l.claim AS claim,
-    arrayMap(h -> tuple(h.1, hex(h.2)), l.headers) AS headers, l.detail AS detail, l.failed_at AS failed_at,
-    s.status AS status
+_STATUS = """
+    SELECT
+        origin,
+        argMax(status, (at, offset)) AS newest,
+        groupUniqArrayIf(by, status IN ('resolved', 'discarded')) AS resolved_by
+    FROM dead_letter_status FINAL
+    GROUP BY origin
 """
-_STATUS = "SELECT origin, argMax(status, (at, offset)) AS status FROM dead_letter_status FINAL GROUP BY origin"
+# What a stage has resolved stays so: whoever redrives it once more brings a record of which nothing is made.
+_FATE = "multiIf(hasAny(s.resolved_by, [l.stage, 'cli']), 'resolved', s.newest = 'redriven', 'redriven', 'open')"
+
+# Every column of a position, and the hex of what may be binary: clients take a String for text.
+_LETTER = f"""
+    l.origin AS origin, l.stage AS stage, l.kind AS kind, l.camera_id AS camera_id, l.error AS error,
+    l.message AS message, l.attempt AS attempt, l.claim AS claim, {_FATE} AS status,
+    if({{bodies:Bool}}, hex(l.key), NULL) AS key, if({{bodies:Bool}}, hex(l.value), NULL) AS value,
+    arrayMap(h -> tuple(h.1, hex(h.2)), l.headers) AS headers, l.detail AS detail, l.failed_at AS failed_at
+"""
+# Their positions first: only of those that are wanted the bytes are read.
+_LETTERS = f"""
+    SELECT {_LETTER}
+    FROM dead_letters AS l FINAL
+    LEFT JOIN ({_STATUS}) AS s ON s.origin = l.origin
+    WHERE (l.stage, l.origin, l.epoch, l.partition, l.offset) IN
+    (
+        SELECT l.stage, l.origin, l.epoch, l.partition, l.offset
+        FROM
+        (
+            SELECT stage, origin, epoch, partition, offset, kind, error, message, failed_at
+            FROM dead_letters FINAL
+            WHERE startsWith(origin, {{origin:String}})
+            AND (empty({{origins:Array(String)}}) OR origin IN {{origins:Array(String)}})
+            ORDER BY failed_at DESC, offset DESC
+            LIMIT {{each:UInt32}} BY stage, origin
+        ) AS l
+        LEFT JOIN ({_STATUS}) AS s ON s.origin = l.origin
+        WHERE ({{stage:String}} = '' OR l.stage = {{stage:String}})
+        AND ({{kind:String}} = '' OR l.kind = {{kind:String}})
+        AND ({{error:String}} = '' OR positionCaseInsensitive(concat(l.error, ': ', l.message), {{error:String}}) > 0)
+        AND l.failed_at >= fromUnixTimestamp64Milli({{since:Int64}})
+        AND l.failed_at < fromUnixTimestamp64Milli({{until:Int64}})
+        AND ({{status:String}} = '' OR ({_FATE} = 'resolved') = ({{status:String}} = 'resolved'))
+        ORDER BY l.failed_at DESC, l.origin
+        LIMIT {{limit:UInt32}}
+    )
+    ORDER BY l.failed_at DESC, l.origin, l.offset DESC
+"""  # noqa: S608 (constants)
+# The last instant that a DateTime64(3) of ClickHouse can be compared with: the end of the year 2299.
+_FOREVER_MS = 10_413_791_999_999
+# Letters of one origin that `every` brings: who redrives more often than that has seen enough of them.
+_EVERY = 100
 
 _IDS: Mapping[str, tuple[str, ...]] = {
     "frames": ("frame_id",),
@@ -182,34 +225,54 @@ class Queries:
     async def models(self) -> dict[str, Model]:
         """The `detector` and the `analyst` in force: what the newest records name; missing where there is none."""
         rows = await self.rows(
+            # From projection `newest`, which has no count; of no rows the maximum is zero.
             "SELECT 'detector' AS role, argMax((model, model_digest), detected_at) AS made_by FROM detections "
-            "HAVING count() > 0 UNION ALL "
+            "HAVING toUnixTimestamp64Milli(max(detected_at)) > 0 UNION ALL "
             "SELECT 'analyst', argMax((model, model_digest), judged_at) FROM risk_events HAVING count() > 0"
         )
         return {row["role"]: Model(*row["made_by"]) for row in rows}
 
     async def dead_letter_counts(self) -> list[Row]:
-        """How many dead letters are open, by stage and kind."""
+        """How many dead letters are open, by stage and kind: one that failed again and again is one."""
         return await self.rows(
-            f"SELECT l.stage AS stage, l.kind AS kind, count() AS count FROM dead_letters AS l FINAL "  # noqa: S608 (a constant)
+            f"SELECT l.stage AS stage, l.kind AS kind, uniqExact(l.origin) AS count FROM dead_letters AS l FINAL "  # noqa: S608 (constants)
             f"LEFT JOIN ({_STATUS}) AS s ON s.origin = l.origin "
-            "WHERE s.status = '' GROUP BY stage, kind ORDER BY count DESC",
+            f"WHERE {_FATE} != 'resolved' GROUP BY stage, kind ORDER BY count DESC",
         )
 
     async def dead_letters(
-        self, *, stage: str | None = None, kind: str | None = None, origin: str | None = None, limit: int
+        self,
+        *,
+        stage: str | None = None,
+        kind: str | None = None,
+        error: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        status: Literal["open", "resolved"] | None = None,
+        origin: str | None = None,
+        origins: Sequence[str] = (),
+        every: bool = False,
+        bodies: bool = True,
+        limit: int,
     ) -> list[Row]:
-        """Dead letters, newest first; `origin` is a beginning. Key, value and header values are hex."""
+        """Dead letters, newest first: of each origin and stage the newest, or with `every` those before it too.
+
+        `origin` is a beginning, `origins` are whole; `error` is a part of class and message. Key, value and header
+        values are hex; without `bodies` key and value are None. A letter's `status` is open, redriven or resolved;
+        asked for open ones, redriven ones are among them.
+        """
         return await self.rows(
-            f"SELECT {_LETTER} FROM dead_letters AS l FINAL "  # noqa: S608 (constants)
-            f"LEFT JOIN ({_STATUS}) AS s ON s.origin = l.origin "
-            "WHERE ({stage:String} = '' OR l.stage = {stage:String}) "
-            "AND ({kind:String} = '' OR l.kind = {kind:String}) "
-            "AND startsWith(l.origin, {origin:String}) "
-            "ORDER BY l.failed_at DESC, l.origin LIMIT {limit:UInt32}",
+            _LETTERS,
             stage=stage or "",
             kind=kind or "",
+            error=error or "",
+            since=0 if since is None else int(since.timestamp() * 1000),
+            until=_FOREVER_MS if until is None else int(until.timestamp() * 1000),
+            status=status or "",
             origin=origin or "",
+            origins=list(origins),
+            each=_EVERY if every else 1,
+            bodies=bodies,
             limit=limit,
         )
 

@@ -4,6 +4,9 @@ The files beside this module are the default version. `system.txt`, `user.txt` a
 templates; `output_schema.json` is the completion's JSON schema (its key order is the order in which the model
 writes: reasoning before the score, which helps small models); `parameters.json` holds sampling parameters, sent as
 they are; `sections.json` says which context sections stay longest when the context is full.
+
+A folder below is another version that comes with the product, in force nowhere by itself: it holds the files in which
+it differs, the others are the default's.
 """
 
 import json
@@ -119,8 +122,10 @@ class PromptVersion:
             raise PromptError(f"prompt {self.name or self.digest}: {type(error).__name__}: {error}") from error
 
     @classmethod
-    def from_files(cls, folder: Traversable, name: str) -> Self:
+    def from_files(cls, folder: Traversable, name: str, base: Traversable | None = None) -> Self:
         """The version that the files in a folder make, laid out as the default's.
+
+        What is not in the folder is taken from `base`, where there is one.
 
         Raises:
             PromptError: as the constructor.
@@ -128,7 +133,10 @@ class PromptVersion:
         """
 
         def text(file: str) -> str:
-            return (folder / file).read_text(encoding="utf-8").removesuffix("\n")
+            path = folder / file
+            if base is not None and not path.is_file():
+                path = base / file
+            return path.read_text(encoding="utf-8").removesuffix("\n")
 
         def compact(file: str) -> str:
             try:
@@ -187,3 +195,10 @@ class PromptVersion:
 def default() -> PromptVersion:
     """The version in the tree, for every camera that has no other."""
     return PromptVersion.from_files(files(__name__), "default")
+
+
+@lru_cache(maxsize=1)
+def deliveries_strict_nights() -> PromptVersion:
+    """The demo's second version: deliveries are expected, and nights are judged more strictly."""
+    name = "deliveries-strict-nights"
+    return PromptVersion.from_files(files(__name__) / name, name, base=files(__name__))

@@ -204,6 +204,7 @@ def make(*, most: int = 6, now: datetime | None = None, stories: tuple[Story, ..
                 name=name,
                 time_zone=ZONE,
                 last_frame_at=now - timedelta(seconds=1400 if silent else 12),
+                last_taken_at=now - timedelta(seconds=1400 if silent else 12),
                 last_image=newest.frame_views[-1].image if newest else None,
                 frames_24h=len(frames[camera]),
                 events_24h=len(own),

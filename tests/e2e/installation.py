@@ -7,7 +7,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -161,8 +161,11 @@ class Audit:
         """A topic's records."""
         return [codec.decode(record, TOPICS[topic].record) for record in self.records[topic]]
 
-    def violations(self, accepted: dict[str, str]) -> list[str]:
-        """What does not hold, a line each; empty where everything does."""
+    def violations(self, accepted: dict[str, str], unjudged: Collection[str] | None = None) -> list[str]:
+        """What does not hold, a line each; empty where everything does.
+
+        `unjudged`: batches that rightly have a dead letter instead of an event; None: nothing may have one.
+        """
         found: list[str] = []
         frames: list[Frame] = self.decoded("frames")
         detections: list[Detections] = self.decoded("detections")
@@ -172,9 +175,11 @@ class Audit:
         found += _same("frame", [f.frame_id for f in frames], accepted)
         found += _same("detections", [d.frame_id for d in detections], accepted)
         found += _same("context", [c.batch_id for c in contexts], [b.batch_id for b in batches])
-        letters = [letter for letter in self.decoded("dead_letters") if letter.stage == "analyze"]
-        found += [f"unexplained dead letter {letter.origin}: {letter.message}" for letter in letters]
-        found += _same("event", [e.batch_id for e in events], [b.batch_id for b in batches])
+        if unjudged is None:
+            letters = self.decoded("dead_letters")
+            found += [f"unexplained dead letter {letter.origin}: {letter.message}" for letter in letters]
+        judged = [b.batch_id for b in batches if b.batch_id not in (unjudged or ())]
+        found += _same("event", [e.batch_id for e in events], judged)
         placed = Counter(frame.frame_id for batch in batches for frame in batch.frames)
         found += [f"frame {frame_id} is in {count} batches" for frame_id, count in placed.items() if count > 1]
         # A person seen for certain enough matters, and is in a window. One that has not moved does not.

@@ -14,7 +14,7 @@ from infra.config import Settings
 from processors.sink.core import TABLES
 from processors.sink.stage import SinkStage
 from processors.sink.store import ClickHouseStore
-from processors.store.queries import Lineage, Row
+from processors.store.queries import Lineage, Model, Row
 from processors.store.settings import ClickHouseSettings
 from schemas import ids
 from schemas.records import (
@@ -239,6 +239,11 @@ class FakeQueries:
         self._answer()
         return {topic: len(rows) for topic, rows in self.tables.items()}
 
+    async def models(self) -> dict[str, Model]:
+        self._answer()
+        told = {"detector": self.tables["detections"][-1], "analyst": self.tables["risk_events"][-1]}
+        return {role: Model(row["model"], row["model_digest"]) for role, row in told.items()}
+
     async def dead_letter_counts(self) -> list[Row]:
         self._answer()
         return [{"stage": "detect", "kind": "error", "count": 1}]
@@ -248,10 +253,10 @@ class FakeQueries:
         return [
             row
             | {
-                "key": row["key"].hex(),
-                "value": row["value"].hex(),
+                "key": None if row["key"] is None else row["key"].hex(),
+                "value": None if row["value"] is None else row["value"].hex(),
                 "headers": [(name, value.hex()) for name, value in row["headers"]],
-                "status": "",
+                "status": "open",
             }
             for row in self.tables["dead_letters"]
             if row["origin"].startswith(asked.get("origin") or "")

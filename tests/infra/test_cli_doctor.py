@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from infra.checks import machine, models, services, work
+from infra.checks import keys, machine, models, services, work
 from infra.checks.check import Check, Context
 from infra.checks.examine import CHECKS
 from infra.config import load
+from processors.gateway.settings import GatewaySettings
 from streams.topics import TOPICS
 from tests.infra.cli_kit import answer, invoke
 
@@ -125,6 +126,37 @@ def test_an_inbox_that_is_a_file_fails(monkeypatch: pytest.MonkeyPatch, tmp_path
     (tmp_path / "inbox").write_text("")
     monkeypatch.setenv("REWATCH_INGEST__FOLDER__ROOT", str(tmp_path / "inbox"))
     assert check("inbox", 1)["status"] == "failed"
+
+
+def test_what_lies_in_the_inbox_and_is_nobodys_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REWATCH_INGEST__FOLDER__ROOT", str(tmp_path / "inbox"))
+    (tmp_path / "inbox/Front Door").mkdir(parents=True)
+    assert check("inbox", 0)["status"] == "ok"
+    problem = check("not taken", 0)
+    assert problem["status"] == "warning"
+    assert "Front Door/" in problem["found"]
+    assert "ingest.folder.cameras" in problem["fix"]
+    monkeypatch.setenv("REWATCH_INGEST__FOLDER__CAMERAS", '{"Front Door": "front-door"}')
+    assert "not taken" not in {each["name"] for each in answer("doctor")["checks"]}
+
+
+async def test_keys_at_doors_that_others_reach_are_long_and_go_by_tls(tmp_path: Path) -> None:
+    async def told(**changes: Any) -> dict[str, Check]:
+        door = GatewaySettings(**changes)
+        return {c.name: c for c in await keys.keys(Context(load().model_copy(update={"gateway": door}), {}))}
+
+    secret = "correct-horse-battery"
+    tls = {"tls_cert_path": tmp_path / "cert.pem", "tls_key_path": tmp_path / "key.pem"}
+    assert await told(api_key="short") == {}  # this machine alone reaches it
+    found = await told(host="0.0.0.0", api_key="short")
+    assert {check.status for check in found.values()} == {"warning"}
+    assert "REWATCH_GATEWAY__API_KEY" in found["gateway.api_key"].fix
+    assert "gateway.tls_cert_path" in found["gateway.api_key on its way"].fix
+    assert "short" not in repr(found)
+    assert set(await told(host="0.0.0.0", api_key=secret)) == {"gateway.api_key on its way"}
+    for safe in (tls, {"tls": "off"}):  # or a proxy has the certificate
+        found = await told(host="0.0.0.0", api_key=secret, **safe)
+        assert [check.status for check in found.values()] == ["ok"]
 
 
 def test_topics_are_held_against_the_settings() -> None:

@@ -5,14 +5,12 @@ from typing import Any
 
 import pytest
 
-from infra.cli.events import moment
 from processors.store.queries import Lineage, Row
 from schemas.records import Frame
 from streams.errors import UnavailableError
 from tests.infra.cli_kit import AT, FakeQueries, answer, invoke, story
 
 EVENT = story("front")["risk_events"][0].event_id  # type: ignore[attr-defined]
-NOW = datetime(2026, 11, 2, 12, tzinfo=UTC)
 
 
 @pytest.fixture(autouse=True)
@@ -41,20 +39,6 @@ def test_ls_hands_its_filters_on() -> None:
 @pytest.mark.parametrize("arguments", [("--level", "huge"), ("--since", "soon"), ("--limit", "0")])
 def test_a_filter_that_makes_no_sense_is_2(arguments: tuple[str, str]) -> None:
     assert invoke("events", "ls", *arguments).exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "time"),
-    [
-        ("30m", datetime(2026, 11, 2, 11, 30, tzinfo=UTC)),
-        ("1.5h", datetime(2026, 11, 2, 10, 30, tzinfo=UTC)),
-        ("7d", datetime(2026, 10, 26, 12, tzinfo=UTC)),
-        ("2026-11-01", datetime(2026, 11, 1, tzinfo=UTC)),
-        ("2026-11-01T01:00+01:00", datetime(2026, 11, 1, tzinfo=UTC)),
-    ],
-)
-def test_since_takes_ages_and_times(text: str, time: datetime) -> None:
-    assert moment(text, NOW) == time
 
 
 def test_a_beginning_that_only_one_event_has_is_enough() -> None:

@@ -16,6 +16,7 @@ from infra import topology
 from infra.cli import complete
 from infra.cli.help import PANELS
 from infra.cli.main import app
+from streams.topics import STORED
 from tests.infra.cli_kit import invoke
 
 ROOT: Any = typer.main.get_command(app)
@@ -69,7 +70,13 @@ def test_every_option_and_argument_is_explained(path: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("path", "example"), [(path, line) for path, command in ALL.items() for line in examples(command)]
 )
-def test_every_example_parses_and_is_of_its_command(path: tuple[str, ...], example: str) -> None:
+def test_every_example_parses_and_is_of_its_command(
+    path: tuple[str, ...], example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in words_of(example):
+        if name.endswith((".mp4", ".mkv")):  # a recording that must be there
+            Path(name).touch()
     context, command, words = ROOT.make_context("rewatch", words_of(example), resilient_parsing=False), ROOT, ()
     while isinstance(command, TyperGroup):
         rest = [*context._protected_args, *context.args]
@@ -121,5 +128,6 @@ def test_the_command_line_imports_nothing_that_takes_time() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_completion_knows_the_stages_that_there_are() -> None:
+def test_completion_knows_the_stages_and_tables_that_there_are() -> None:
     assert complete.STAGES == topology.PROCESSES
+    assert complete.TABLES == STORED

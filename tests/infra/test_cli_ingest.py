@@ -181,6 +181,25 @@ def test_what_cannot_be_asked_for_names_the_option(
     assert "hunter2" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (("dir", "nowhere", "--camera", "yard"), "nowhere is no directory"),
+        (("dir", ".", "--camera", "yard"), "no .jpg or .jpeg file in ."),
+        (("dir", ".", "--camera", "My Yard"), "'My Yard' is no camera id"),
+        (("video", "nowhere.mp4", "--camera", "yard"), "'nowhere.mp4' does not exist"),
+    ],
+)
+def test_a_wrong_path_is_told_before_a_broker_is_asked(
+    command: tuple[str, ...], why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REWATCH_KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:9")
+    result = invoke("ingest", *command)
+    assert result.exit_code == 2
+    assert why in " ".join(result.stderr.replace("\u2502", "").split())
+
+
 def test_help_shows_commands_that_can_be_typed() -> None:
     text = invoke("ingest", "snapshot", "--help").output
     assert "frigate:5000/api/driveway/latest.jpg" in text

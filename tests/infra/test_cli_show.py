@@ -137,6 +137,32 @@ def test_status_without_clickhouse_still_tells_of_the_log_and_ends_with_3(
     assert "clickhouse.url" in state["problems"][0]["message"]
 
 
+def test_status_while_everything_is_away_says_so_and_shows_no_tables_of_nothing(
+    log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log(KafkaConnectionError("refused"))
+    monkeypatch.setattr(FakeQueries, "away", UnavailableError("store", "ClickHouse does not answer (clickhouse.url)"))
+    result = invoke("status")
+    assert result.exit_code == 3
+    assert result.stdout.startswith("nothing is run here by `rewatch up`")
+    assert len(result.stdout.splitlines()) == 1
+    assert "kafka.bootstrap_servers" in result.stderr
+    assert "clickhouse.url" in result.stderr
+    report("analyze")  # of what is known it tells
+    assert "analyze" in invoke("status").stdout
+
+
+def test_status_names_what_lies_in_the_inbox_and_is_nobodys(log: Any) -> None:
+    inbox = load().ingest.folder.root
+    assert answer("status")["not_taken"] == []
+    for folder in ("front", "Front Door", ".rewatch"):
+        (inbox / folder).mkdir(parents=True)
+    for file in ("front/a.jpg", "b.jpg", "notes.txt"):
+        (inbox / file).touch()
+    assert answer("status")["not_taken"] == ["Front Door/", "b.jpg"]
+    assert "'Front Door/', 'b.jpg': `rewatch doctor` says why" in invoke("status").output
+
+
 def test_lag_is_0_when_caught_up_and_1_when_not(log: Any) -> None:
     assert answer("lag")["caught_up"] is True
     log(look(behind=7))
@@ -172,6 +198,14 @@ def test_lag_without_a_broker_is_3(log: Any) -> None:
     result = invoke("lag")
     assert result.exit_code == 3
     assert "kafka.bootstrap_servers" in result.stderr
+
+
+@pytest.mark.parametrize("error", [KafkaConnectionError("refused"), TimeoutError("60 s")])
+def test_every_command_says_the_same_of_a_broker_that_is_away(log: Any, error: Exception) -> None:
+    log(error)
+    [problem] = answer("status", code=3)["problems"]
+    assert "start it with `rewatch up`, or set kafka.bootstrap_servers" in problem["message"]
+    assert invoke("lag").stderr == f"error: {problem['message']}\n"
 
 
 def test_lag_before_the_first_start_says_what_makes_topics(log: Any) -> None:

@@ -108,14 +108,3 @@ def test_the_shipped_analyst_judges_the_stories_and_obeys_its_instruction():
             got, text = ask(client, instruction, render(window))
             assert level(got["risk_score"]) == band, text
             assert window.camera in got["summary"], text
-
-
-@pytest.mark.real
-def test_the_shipped_analyst_holds_its_figures_on_held_out_windows():
-    from infra.models.measure_analyst import measure
-
-    # The card has the figures over 400 windows; floors leave room for this sample's noise.
-    got = measure(WEIGHTS / "analyst.gguf", count=150)
-    assert got.band_accuracy >= 0.92, got
-    assert got.summary_facts >= 0.8, got
-    assert got.prompt_shift >= 0.4, got

@@ -36,6 +36,7 @@ from tests.processors.ingest_kit import jpeg
 AT = 1_793_613_600_000
 """2026-11-02 10:00 UTC."""
 EPOCH = "e" * 8
+KEY = "correct horse battery staple"
 WINDOW = msgspec.structs.replace(examples.window, open_on=("person",))
 PROMPT = prompts.default()
 
@@ -208,6 +209,10 @@ async def client_of(app: ASGIApp, *, base_url: str = "http://localhost", **optio
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url=base_url, timeout=30, **options) as client:
         yield client
+
+
+async def signed_in(client: httpx.AsyncClient) -> httpx.Response:
+    return await client.post("/login", data={"key": KEY, "next": "/pipeline"}, headers={"origin": "http://localhost"})
 
 
 @asynccontextmanager

@@ -1,6 +1,8 @@
 """What the tests of ingest share: small real JPEGs, appenders on a log in memory, a clock that is set by hand."""
 
 import io
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -9,6 +11,7 @@ from processors.ingest.appender import Appenders
 from processors.ingest.fakes import MemoryCameras, MemoryLog
 from processors.ingest.settings import IngestSettings
 from streams.claims import ClaimStore
+from streams.errors import UnavailableError
 
 # 2026-11-21 12:00:00 UTC
 NOW = 1_795_262_400.0
@@ -40,6 +43,19 @@ def png() -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (8, 8)).save(out, "PNG")
     return out.getvalue()
+
+
+def away(calls: int = sys.maxsize) -> Callable[[str], None]:
+    """A broker that does not answer, as a `MemoryLog.fault`: for the first calls, or until it is replaced."""
+    opened = 0
+
+    def fault(step: str) -> None:
+        nonlocal opened
+        opened += step == "open"
+        if opened <= calls:
+            raise UnavailableError("broker", "away")
+
+    return fault
 
 
 def appenders(

@@ -213,7 +213,7 @@ async def test_a_body_that_is_too_long_is_not_read(client: httpx.AsyncClient) ->
 async def test_a_body_that_does_not_come_is_given_up(
     monkeypatch: pytest.MonkeyPatch, client: httpx.AsyncClient
 ) -> None:
-    monkeypatch.setattr("processors.gateway.auth._BODY_S", 0.05)
+    monkeypatch.setattr("processors.gateway.bodies._BODY_S", 0.05)
 
     async def never():
         yield b"{"

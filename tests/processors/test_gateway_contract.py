@@ -19,7 +19,7 @@ from schemathesis.engine import events
 
 from infra.config import Settings, load
 from infra.local.stack import LocalStack
-from processors.gateway import auth
+from processors.gateway import throttle as throttles
 from processors.gateway.app import build_app
 from processors.gateway.settings import GatewaySettings
 from processors.gateway.upload import Uploads
@@ -97,8 +97,8 @@ def api(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         portal.wrap_async_context_manager(running(settings, directory)) as url,
     ):
         # It sends hundreds of wrong keys a minute, and each is to be answered as such.
-        throttle.setattr(auth, "_TRIES", 1_000_000)
-        throttle.setattr(auth, "_TRIES_TOGETHER", 1_000_000)
+        throttle.setattr(throttles, "_TRIES", 1_000_000)
+        throttle.setattr(throttles, "_TRIES_TOGETHER", 1_000_000)
         config = SchemathesisConfig.from_dict(_CONFIG)
         headers = {"X-API-Key": KEY}
         described = schemathesis.openapi.from_url(f"{url}/api/openapi.json", headers=headers, config=config)

@@ -332,6 +332,31 @@ async def test_frames_that_are_not_kept_any_more_leave_a_place(day: showcase.Day
             assert "no picture kept" in (await client.get("/")).text
 
 
+async def test_names_are_enough_for_lists_and_days(client: Client, day: showcase.Day) -> None:
+    async def cards() -> None:
+        raise AssertionError("that is much work, and nothing of it is shown")
+
+    client.source.cameras = cards  # type: ignore[method-assign]
+    event = the(day, "driveway")
+    span = {"day": "2026-07-01", "from": "10:00", "until": "10:05"}
+    for address in ("/", "/?level=critical", f"/events/{event.event_id}", "/cameras/driveway"):
+        assert (await client.get(address)).status_code == 200
+    assert (await client.post("/cameras/driveway/missed", data=span)).status_code == 303
+
+
+async def test_an_empty_day_leads_to_the_last_one_with_frames(day: showcase.Day) -> None:
+    """What was played in arrived today, and was taken long ago."""
+    taken_at = datetime(2026, 3, 29, 23, 30, tzinfo=UTC)  # in Berlin it is the 30th
+    played = [
+        camera.model_copy(update={"last_frame_at": NOW, "last_taken_at": taken_at, "time_zone": "Europe/Berlin"})
+        for camera in day.cameras
+    ]
+    async with Client(FakeSource(cameras=played)) as client:
+        text = (await client.get("/cameras/driveway")).text
+        assert '<a href="/cameras/driveway?day=2026-03-30">Monday 30 March 2026</a>' in text
+        assert "?day=2026-03-30" not in (await client.get("/cameras/driveway?day=2026-03-30")).text
+
+
 async def test_events_lead_to_their_neighbours_on_the_same_camera(day: showcase.Day) -> None:
     event = the(day, "driveway")
     three = [

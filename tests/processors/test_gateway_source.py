@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 from infra.config import Settings
 from processors.gateway.models import NewLabel, Step
 from processors.gateway.ports import InvalidError, NotFoundError
+from processors.gateway.reads import Reads
 from processors.gateway.source import StoredSource
+from processors.store.queries import Queries
 from schemas import ids, records
 from schemas.records import Label as LabelRecord
 from streams import codec
@@ -159,6 +162,17 @@ async def test_the_lineage_leads_from_the_verdict_to_each_frames_bytes(mine: Set
     assert steps[5].title == "detections 3 (late)"
 
 
+async def test_events_have_their_neighbours_on_their_camera(mine: Settings, source: StoredSource) -> None:
+    # Two at the very same time: the id decides between them, as in lists.
+    same = sorted((window("front", AT, frames=n) for n in (2, 3)), key=event_id)
+    road = [window("front", AT - 40 * 24 * HOUR), *same, window("front", AT + 90 * 24 * HOUR)]
+    await kit.store(mine, [*window("back", AT), *(record for made in road for record in made)])
+    ids_ = [event_id(made) for made in road]
+    for name, wanted in zip(ids_, zip([None, *ids_], [*ids_[1:], None], strict=False), strict=True):
+        beside = await source.beside(await source.event(name))
+        assert tuple(near and near.event_id for near in beside) == wanted
+
+
 async def test_an_event_is_found_by_the_beginning_of_its_id(mine: Settings, source: StoredSource) -> None:
     one, other = window("front", AT), window("front", AT + HOUR)
     await kit.store(mine, one + other)
@@ -210,6 +224,62 @@ async def test_cameras_are_those_that_were_set_and_those_that_sent(mine: Setting
     newest = hashlib.sha256(kit.image("front", now - 10_000, 2)).hexdigest()
     assert cards["front"].last_image == f"/api/images/front/{newest}.jpg"
     assert cards["front"].last_frame_at == moment(now - 8_000 + 50)
+
+
+async def test_names_are_those_of_the_same_cameras(mine: Settings, source: StoredSource) -> None:
+    await kit.store(mine, [camera("quiet"), camera("front"), *window("front", AT), *window("back", AT)])
+    names = await source.camera_names()
+    assert [(n.camera_id, n.name, n.time_zone) for n in names] == [
+        ("back", "back", "UTC"),
+        ("front", "Front", "Europe/Berlin"),
+        ("quiet", "Quiet", "Europe/Berlin"),
+    ]
+    assert [card.camera_id for card in await source.cameras()] == ["back", "front", "quiet"]
+
+
+async def test_what_was_played_in_was_taken_when_it_was_taken(mine: Settings, source: StoredSource) -> None:
+    now = int(datetime.now(UTC).timestamp() * 1000)
+    old, older = (msgspec.structs.replace(window("front", AT - n * HOUR)[0], arrived_at=now) for n in (0, 1))
+    ahead = msgspec.structs.replace(window("back", AT)[0], captured_at=AT, arrived_at=AT - HOUR)
+    await kit.store(mine, [old, older, ahead])
+    cards = {card.camera_id: card for card in await source.cameras()}
+    assert (cards["front"].last_frame_at, cards["front"].last_taken_at) == (moment(now), moment(AT))
+    assert cards["back"].last_taken_at == moment(AT - HOUR)  # its clock runs ahead
+
+
+async def test_cards_do_not_read_every_frame(mine: Settings) -> None:
+    await kit.store(mine, window("front", AT))
+    asked: list[str] = []
+
+    class Listening(Queries):
+        async def rows(self, query: str, **parameters):
+            asked.append(query)
+            return await super().rows(query, **parameters)
+
+    async with aclosing(Listening(mine.clickhouse)) as queries:
+        reads = Reads(queries)
+        await asyncio.gather(
+            reads.newest_frames(), reads.newest_frames("front"), reads.camera_names(), queries.models()
+        )
+        for query in [query for query in asked if "frames" in query or "detections" in query]:
+            plan = "\n".join(row["explain"] for row in await queries.rows(f"EXPLAIN {query}", camera=""))
+            assert "ReadFromMergeTree (newest)" in plan, query
+            assert ".frames)" not in plan, query
+            assert ".detections)" not in plan, query
+
+
+async def test_cards_are_right_when_rows_came_twice_and_were_folded(mine: Settings, source: StoredSource) -> None:
+    now = int(datetime.now(UTC).timestamp() * 1000)
+    made = window("front", now - 10_000)
+    await kit.store(mine, made)
+    before = await source.cameras()
+    await kit.store(mine, made, epoch="f" * 8)  # on the log again: the same ids
+    assert [card.frames_24h for card in await source.cameras()] == [3]
+    async with aclosing(Queries(mine.clickhouse)) as queries:
+        await queries.rows("OPTIMIZE TABLE frames FINAL")
+        [row] = await queries.rows("SELECT count() AS frames FROM frames")
+    assert row["frames"] == 3
+    assert await source.cameras() == before
 
 
 async def test_a_camera_that_sends_once_an_hour_is_not_silent_after_two(mine: Settings, source: StoredSource) -> None:

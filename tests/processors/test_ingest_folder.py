@@ -14,7 +14,7 @@ from processors.ingest.fakes import MemoryCameras, MemoryLog
 from processors.ingest.folder import Folder
 from processors.ingest.settings import FolderSettings
 from streams.errors import UnavailableError
-from tests.processors.ingest_kit import NOW, Clock, appenders, jpeg, png
+from tests.processors.ingest_kit import NOW, Clock, appenders, away, jpeg, png
 
 
 class Inbox:
@@ -347,10 +347,7 @@ async def test_an_unknown_camera_waits_until_it_is_added(inbox):
 async def test_an_away_broker_leaves_the_files_where_they_are(inbox):
     inbox.put("front/a.jpg", jpeg(1))
 
-    def away(_step):
-        raise UnavailableError("broker", "away")
-
-    inbox.log.fault = away
+    inbox.log.fault = away()
     watched = inbox.watch()
     for _ in range(3):
         await watched.sweep()

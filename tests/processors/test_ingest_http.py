@@ -12,9 +12,8 @@ from processors.ingest.http import build_app
 from processors.ingest.service import Service
 from processors.ingest.settings import IngestSettings, UploadSettings
 from streams.claims import ClaimStore
-from streams.errors import UnavailableError
 from streams.serving import SettingsError
-from tests.processors.ingest_kit import appenders, jpeg, png
+from tests.processors.ingest_kit import appenders, away, jpeg, png
 
 URL = "/api/upload?camera=front"
 
@@ -168,10 +167,7 @@ async def test_a_slow_upload_is_given_up(client, log):
 
 
 async def test_away_broker_is_503_and_health_says_so(client, log):
-    def away(_step):
-        raise UnavailableError("broker", "the log cannot be reached")
-
-    log.fault = away
+    log.fault = away()
     http = client()
     answer = await http.post(URL, content=jpeg(1))
     assert answer.status_code == 503

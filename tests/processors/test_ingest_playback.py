@@ -7,9 +7,8 @@ import pytest
 from processors.ingest import core
 from processors.ingest.fakes import MemoryCameras, MemoryLog
 from processors.ingest.playback import PlaybackError, Progress, play
-from streams.errors import UnavailableError
 from streams.messages import Tick
-from tests.processors.ingest_kit import NOW, appenders, jpeg, png
+from tests.processors.ingest_kit import NOW, appenders, away, jpeg, png
 
 
 @pytest.fixture
@@ -106,15 +105,7 @@ async def test_paced_by_capture_time(log, tmp_path, footage):
 
 
 async def test_an_away_broker_is_waited_for_and_said(log, tmp_path, footage):
-    calls = 0
-
-    def away(step):
-        nonlocal calls
-        calls += step == "open"
-        if calls <= 3:
-            raise UnavailableError("broker", "away")
-
-    log.fault = away
+    log.fault = away(3)
     made = appenders(log, tmp_path)
     seen = []
     progress = await play(made, footage, "front", on_progress=seen.append, sleep=no_sleep)

@@ -22,9 +22,8 @@ from processors.ingest.service import Service
 from processors.ingest.settings import IngestSettings, SnapshotSettings
 from processors.ingest.snapshot import LastingError, Snapshots, next_due, pause_after
 from streams.claims import ClaimStore
-from streams.errors import UnavailableError
 from tests.processors.camera_kit import camera, endless, half, picture, slow, with_digest
-from tests.processors.ingest_kit import appenders, jpeg, png
+from tests.processors.ingest_kit import appenders, away, jpeg, png
 
 
 @pytest.fixture
@@ -326,15 +325,7 @@ async def test_no_secret_is_told(log, cam, watch, caplog, capsys):
 
 async def test_an_away_broker_holds_the_picture_and_the_camera_is_left_in_peace(log, cam, watch):
     cam.says(jpeg(1), jpeg(2))
-    calls = 0
-
-    def away(step):
-        nonlocal calls
-        calls += step == "open"
-        if calls <= 3:
-            raise UnavailableError("broker", "away")
-
-    log.fault = away
+    log.fault = away(3)
     watched, _ = await watch(2)
     assert [frame.image for frame in log.frames()] == [jpeg(1), jpeg(2)]
     assert len(cam.asked) == 2

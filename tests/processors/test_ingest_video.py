@@ -15,9 +15,8 @@ from processors.ingest import core, video
 from processors.ingest.fakes import MemoryCameras, MemoryLog
 from processors.ingest.recording import Recording, RecordingError
 from processors.ingest.video import Start, play
-from streams.errors import UnavailableError
 from streams.messages import Tick
-from tests.processors.ingest_kit import NOW, appenders, jpeg
+from tests.processors.ingest_kit import NOW, appenders, away, jpeg
 from tests.processors.video_kit import cut, record, sound
 
 CREATED = "2026-11-21T09:00:00.000000Z"
@@ -221,18 +220,10 @@ async def test_at_its_own_pace(log, tmp_path, clip):
 
 
 async def test_an_away_broker_is_waited_for_and_said(log, tmp_path, clip):
-    calls = 0
-
-    def away(step):
-        nonlocal calls
-        calls += step == "open"
-        if calls <= 3:
-            raise UnavailableError("broker", "away")
-
     async def no_sleep(_):
         pass
 
-    log.fault = away
+    log.fault = away(3)
     seen = []
     progress = await played(log, tmp_path, clip, on_progress=seen.append, sleep=no_sleep)
     assert {step.waiting_on for step in seen} == {"", "broker"}

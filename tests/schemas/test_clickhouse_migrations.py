@@ -67,12 +67,12 @@ async def test_migrating_again_applies_nothing(store):
 
 @pytest.mark.real
 async def test_a_crash_inside_a_migration_is_mended_by_migrating_again(database, ask):
-    # As after a kill between the last table and the entry: the tables of 002 are half there, 003 has never run.
+    # As after a kill between the last table and the entry: the tables of 002 are half there, the rest has never run.
     ask.command("DROP VIEW events")
     ask.command("DROP TABLE risk_events")
     ask.command("DELETE FROM schema_migrations WHERE version >= 2")
     again = ClickHouseStore(database)
-    assert [migration.version for migration in await again.migrate()] == [2, 3]
+    assert await again.migrate() == list(migrations()[2:])
     await again.close()
     assert ask.value("SELECT count() FROM events") == 0
 

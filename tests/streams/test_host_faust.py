@@ -8,6 +8,7 @@ import pytest
 
 from streams.host_faust import FaustHost
 from streams.kafka import Kafka, KafkaSettings
+from streams.messages import Incoming
 from tests.streams.conformance.toys import WindowStage
 
 
@@ -22,10 +23,7 @@ class Stream:
 
     async def events(self) -> AsyncIterator[Any]:
         for generation, offsets in self._chunks:
-            records = [
-                SimpleNamespace(topic="in", partition=1, offset=offset, key=b"k", value=b"v", headers=())
-                for offset in offsets
-            ]
+            records = [Incoming("in", "e", 1, offset, b"k", b"v", ()) for offset in offsets]
             message = SimpleNamespace(topic="in", generation_id=generation, value=records)
             yield SimpleNamespace(message=message)
 

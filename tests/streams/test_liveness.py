@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from streams.liveness import STALL_S, Liveness
+from streams.turns import Turns
 
 
 class Clock:
@@ -104,10 +105,10 @@ def test_the_status_file_is_whole_json(tmp_path: Path) -> None:
 async def test_waiting_for_a_slot_behind_other_partitions_is_no_stall() -> None:
     now = [0.0]
     liveness = Liveness("detect", clock=lambda: now[0])
-    slots = asyncio.Semaphore(1)
+    slots = Turns(1)
     life = liveness.partition("frames-0")
     life.hold(3)
-    await slots.acquire()
+    await slots.acquire("another")
 
     async def work() -> None:
         async with life.slot(slots):

@@ -16,9 +16,10 @@ from streams.delivery import Ownership
 from streams.errors import FencedError, UncertainError
 from streams.kafka import Kafka, KafkaSettings
 from streams.liveness import Liveness
-from streams.messages import Emit, Incoming
+from streams.messages import FINGERPRINT, Emit, Incoming
 from streams.partition import Buffer, PartitionWorker
 from streams.stages import Range
+from streams.turns import Turns
 
 TP = TopicPartition("in", 2)
 
@@ -206,7 +207,7 @@ async def working(
         return answers.pop(0) if answers else True
 
     life = Liveness("toy").partition("in-2")
-    worker = PartitionWorker(stage, hold, life, still_ours=still_ours, slots=asyncio.Semaphore(slots))
+    worker = PartitionWorker(stage, hold, life, still_ours=still_ours, slots=Turns(slots))
     task = asyncio.create_task(worker.run())
     try:
         yield worker
@@ -473,6 +474,25 @@ async def test_a_pending_range_is_taken_exactly_and_what_lies_behind_it_later() 
             worker.buffer.add(record(offset))
         await position(hold, 9)
     assert stage.inserted == [(4, 6, [4, 5]), (8, 8, [8])]
+
+
+@pytest.mark.parametrize("shape", ["fold", "range"])
+async def test_a_state_that_a_newer_version_wrote_is_waited_for_and_never_passed_over(shape: str) -> None:
+    newer = pending(lo=0, hi=1, rows=2)._replace(headers=((FINGERPRINT, b"8 bytes!"),))
+    if shape == "fold":
+        newer = newer._replace(topic="batch_state")
+    hold = Hold(Log([newer]))
+    async with working(Collect() if shape == "fold" else Table(), hold) as worker:
+        worker.buffer.add(record(0))
+        async with asyncio.timeout(20):
+            while hold.acquired < 5:
+                await asyncio.sleep(0)
+        assert worker.life.waiting_on == "settings"
+        assert hold.positions == []
+        hold.kafka.records = []  # type: ignore[attr-defined]
+        await position(hold, 1)  # here the newer version has done its work; else it takes over
+        await turns()
+        assert worker.life.waiting_on is None
 
 
 class Durable(Hold):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.errors import OffsetOutOfRangeError
 
 from streams.delivery import Ownership
 from streams.kafka import Kafka, KafkaSettings
@@ -20,8 +21,8 @@ IN = [TopicPartition("in", partition) for partition in range(4)]
 class Hold(Ownership):
     """An ownership whose broker takes everything."""
 
-    def __init__(self, kafka: Kafka, stage: str, tp: TopicPartition, *, epoch: Any, **_: Any) -> None:
-        super().__init__(kafka, stage, tp, epoch=epoch)
+    def __init__(self, kafka: Kafka, stage: str, tp: TopicPartition, **_: Any) -> None:
+        super().__init__(kafka, stage, tp, epoch=lambda: "e")
 
     async def acquire(self) -> None:
         await asyncio.sleep(0)
@@ -31,6 +32,16 @@ class Hold(Ownership):
         self.position = position
 
     async def release(self) -> None:
+        pass
+
+
+class Reading:
+    """A host whose group never moves."""
+
+    async def still_ours(self, _tp: TopicPartition) -> bool:
+        return True
+
+    async def seek(self, _tp: TopicPartition, _offset: int) -> None:
         pass
 
 
@@ -77,12 +88,9 @@ class Deaf(Busy):
 
 @asynccontextmanager
 async def sharing(stage: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Workers]:
-    monkeypatch.setattr("streams.workers.MeteredOwnership", Hold)
+    monkeypatch.setattr("streams.workers.Hold", Hold)
 
-    async def still_ours(_: TopicPartition) -> bool:
-        return True
-
-    workers = Workers(Kafka(KafkaSettings()), stage, epochs=lambda _: "e", still_ours=still_ours)
+    workers = Workers(Kafka(KafkaSettings()), stage, epochs=lambda _: "e", reader=Reading())
     try:
         yield workers
     finally:
@@ -143,6 +151,44 @@ async def test_a_backlog_of_slow_records_leaves_other_partitions_their_turn(monk
         await done(workers, 1, 2)
         assert stage.begun.index(1) < 120
         await done(workers, 0, 1001)
+
+
+async def test_one_record_waits_a_round_and_not_for_all_that_flooded_partitions_queued_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One camera trickles beside three that flood: its frame is among the next few, however long their queues."""
+    stage = Busy(concurrency=16, turns=50)
+    async with sharing(stage, monkeypatch) as workers:
+        for partition in range(4):
+            feed(workers, partition, 1)
+            await done(workers, partition, 1)
+        stage.begun.clear()
+        for partition in range(3):
+            feed(workers, partition, 1000, since=1)
+        async with asyncio.timeout(20):
+            while len(stage.begun) < 100:
+                await asyncio.sleep(0)
+        before = len(stage.begun)
+        feed(workers, 3, 1, since=1)
+        await done(workers, 3, 2)
+        # The flooded ones queue for 48 slots. Those that become free while the record is handed on, and a round.
+        assert stage.begun.index(3) - before < 16 + 8
+
+
+async def test_a_partition_that_goes_while_its_reader_looks_for_its_place_takes_records_when_it_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = Busy(concurrency=2, turns=1)
+    async with sharing(stage, monkeypatch) as workers:
+        for steps in range(4):  # before its first step, and in the middle
+            assert workers.unreadable(OffsetOutOfRangeError({IN[0]: 7})) == []
+            assert workers.full(IN[0])
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            await workers.revoke([IN[0]])
+            assert not workers.full(IN[0])
+        feed(workers, 0, 3)
+        await done(workers, 0, 3)
 
 
 async def begun(stage: Busy, workers: Workers) -> None:

@@ -15,7 +15,7 @@ WINDOW = 3
 
 
 class EchoStage:
-    """One record in, the same record out. `bad` values cannot be processed, `slow SECONDS` ones take their time."""
+    """One record in, the same record out. `slow SECONDS` values take their time, `bad` ones fail until mended."""
 
     name = "echo"
 
@@ -34,7 +34,7 @@ class EchoStage:
         if (self._control / "away").exists():
             raise UnavailableError("llm", "the toy's model is away")
         value = record.value or b""
-        if value.startswith(b"bad"):
+        if value.startswith(b"bad") and not (self._control / "mended").exists():
             raise UnprocessableError("a bad record", detail='{"why": "the test says so"}')
         if value.startswith(b"slow"):
             await asyncio.sleep(float(value.split()[1]))

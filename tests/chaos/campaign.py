@@ -1,0 +1,210 @@
+"""One campaign: start, load, faults, drain, audit."""
+
+import asyncio
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.cli.show import collect
+from infra.local.process import StartError
+from tests.chaos import faults, stalls
+from tests.chaos.audit import CampaignAudit, Made
+from tests.chaos.load import Load
+from tests.chaos.schedule import Planned, ends_s
+from tests.chaos.site import CAMERAS, Site, site
+from tests.chaos.stalls import Happened, Stall
+from tests.e2e.installation import Feeder, pictures
+
+# Before the first fault: the first windows have closed, so each stage has something to lose.
+WARM_S = 10.0
+
+# From the last fault to the audit's end, for what is shown as the expected time.
+TAIL_S = 60.0
+
+# What makes no headway for so long is stuck: many times what a stage's start takes.
+STUCK_S = 240.0
+
+# Faults wait for what they need, and for each other: so much longer than planned all of it may take.
+_PATIENCE_S = 900.0
+
+# A hanging LLM must run into the deadline; a busy one must not. Its threads wait for each other by spinning: two
+# of them on two busy cores were seen to take four minutes for what one does in a second.
+_SETTINGS = {"LLM__DEADLINE_S": "60", "LLM__THREADS": "1", "LLM__CONNECT_TIMEOUT_S": "5"}
+
+
+@dataclass
+class Outcome:
+    """What a campaign found."""
+
+    happened: list[Happened] = field(default_factory=list)
+    accepted: int = 0
+    put_off: int = 0
+    explained: int = 0
+    violations: list[str] = field(default_factory=list)
+    stalls: list[Stall] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """As `chaos.json` has it."""
+        longest = stalls.longest(self.stalls)
+        kinds = Counter(fault.kind for fault in self.happened)
+        outages = [stall for stall in self.stalls if stall.fault.target in {"kafka", "clickhouse", "llama"}]
+        return {
+            "kills": sum(count for kind, count in kinds.items() if kind.startswith(("kill-", "late-", "power-"))),
+            "faults": dict(sorted(kinds.items())),
+            "accepted": self.accepted,
+            "lost": sum(line.endswith(" is lost") for line in self.violations),
+            "duplicates": sum(line.endswith(" times") for line in self.violations),
+            "unexplained_dead_letters": sum(line.startswith("unexplained") for line in self.violations),
+            "explained_dead_letters": self.explained,
+            "longest_stall_s": round(longest.seconds, 2) if longest else None,
+            "longest_stall_of": f"{longest.fault.kind} {longest.stage}" if longest else None,
+            "stall_s": stalls.by_kind([s for s in self.stalls if s not in outages], alone=True),
+            "recovery_s": stalls.by_kind(outages, alone=True),
+            "overlapped_s": stalls.by_kind(self.stalls, alone=False),
+            "violations": self.violations,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+@dataclass
+class Progress:
+    """What somebody who looks is told."""
+
+    expected_s: float
+    began: float = field(default_factory=time.monotonic)
+    doing: str = ""
+    now: dict[int, str] = field(default_factory=dict)
+    """The faults that last, by number."""
+    done: int = 0
+    accepted: Sized = ()
+    behind: dict[str, int] | None = field(default_factory=dict)
+    tell: Callable[[str], None] = print
+    """Takes a line that is worth keeping."""
+
+    def say(self, what: str) -> None:
+        self.doing = what
+        self.tell(what)
+
+
+async def run(plan: Sequence[Planned], directory: Path, progress: Progress, **settings: str) -> Outcome:
+    """Torment an installation below the directory as planned, let it drain, and audit it.
+
+    `settings`: by their names in the environment. The session timeout is the product's own unless it is given.
+    """
+    outcome = Outcome()
+    began = time.monotonic()
+    # `settings_for` shortens it for other tests; what a killed process costs is measured here.
+    settings = {"KAFKA__SESSION_TIMEOUT_MS": "10000"} | _SETTINGS | settings
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            async with site(directory, patch, progress.say, **settings) as home:
+                await _torment(home, plan, outcome, progress)
+    finally:
+        outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+async def _torment(home: Site, plan: Sequence[Planned], outcome: Outcome, progress: Progress) -> None:
+    watching = asyncio.create_task(_watch(home, progress))
+    try:
+        progress.say("rendering pictures")
+        load = Load(home.settings, await asyncio.to_thread(pictures, 12), CAMERAS)
+        progress.accepted = load.accepted
+        progress.say("load")
+        async with asyncio.timeout(WARM_S + ends_s(plan) + _PATIENCE_S), load.running():
+            await asyncio.sleep(WARM_S)
+            outcome.happened = await _inflict(home, plan, progress)
+            await asyncio.sleep(WARM_S)
+        outcome.accepted, outcome.put_off = len(load.accepted), load.put_off
+        outcome.violations += load.refused
+        progress.say("draining")
+        await Feeder(home.settings, []).end(CAMERAS)
+        stuck = await _drain(home)
+        if stuck:
+            outcome.violations.append(f"no headway for {STUCK_S:g} s: {stuck}")
+        progress.say("auditing the log")
+        audit = CampaignAudit(home.settings)
+        await audit.read()
+        outcome.violations += audit.check(load.accepted, home.llm.spoiled)
+        outcome.explained = audit.explained
+        outcome.violations += await audit.violations_of_replay()
+        progress.say("auditing ClickHouse")
+        outcome.violations += await asyncio.to_thread(audit.violations_in_clickhouse)
+        looked = [Made(at, 0) for at in load.looked]
+        outcome.stalls = stalls.stalls(outcome.happened, audit.made() | {"gateway": looked})
+    except (Exception, asyncio.CancelledError):  # whatever stops it is a finding, and the evidence must be kept
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        outcome.violations.append(f"the campaign broke off: {traceback.format_exc()}")
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+async def _inflict(home: Site, plan: Sequence[Planned], progress: Progress) -> list[Happened]:
+    """Every fault at its instant, those of one resource one after another; what happened, in order."""
+    began = time.monotonic()
+    busy: dict[str, asyncio.Lock] = {}
+
+    async def one(fault: Planned) -> Happened:
+        await asyncio.sleep(max(0.0, began + fault.at_s - time.monotonic()))
+        notes: list[str] = []
+        async with busy.setdefault(fault.target, asyncio.Lock()):
+            started = _now()
+            progress.now[fault.number] = f"{fault.kind} {fault.target}"
+            ended = started
+            try:
+                async with faults.make(fault, home, notes.append):
+                    if fault.length_s:
+                        await asyncio.sleep(fault.length_s)
+                    ended = _now()
+            except (TimeoutError, StartError) as error:  # what it needs is away for another fault's sake
+                notes.append(f"not inflicted: {error}")
+            finally:
+                del progress.now[fault.number]
+                progress.done += 1
+            since = _now()
+        # A worker that was added leaves at the end of its block, and what was stopped goes on: the fault is over then.
+        ended = since if fault.length_s else ended
+        what = f"{fault.number:4} {fault.kind} {fault.target}"
+        progress.tell(f"{what} {(ended - started) / 1000:.1f} s {'; '.join(notes)[:150]}")
+        return Happened(fault.number, fault.kind, fault.target, started, ended, "; ".join(notes))
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(fault)) for fault in plan]
+    return [task.result() for task in tasks]
+
+
+async def _drain(home: Site) -> str:
+    """Wait until every stage has done everything and everything is in ClickHouse; what is missing, if that never is."""
+    last, since = "", time.monotonic()
+    while True:
+        state = await collect(home.settings)
+        lags = {stage["stage"]: stage["lag"] for stage in state["stages"] if stage["lag"] != 0}
+        missing = {t["topic"]: t["in_clickhouse"] for t in state["topics"] if t["records"] != t["in_clickhouse"]}
+        if not lags and not missing and not state["problems"]:
+            return ""
+        left = f"{lags} {missing} {state['problems']}"
+        if left != last:
+            last, since = left, time.monotonic()
+        if time.monotonic() - since > STUCK_S:
+            return left
+        await asyncio.sleep(1)
+
+
+async def _watch(home: Site, progress: Progress) -> None:
+    while True:
+        progress.behind = await home.behind()
+        await asyncio.sleep(5)
+
+
+def _now() -> int:
+    return int(time.time() * 1000)

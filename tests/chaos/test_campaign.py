@@ -1,0 +1,74 @@
+"""A short campaign: each kind of fault once, close together, under load, and nothing lost, doubled or out of place."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.chaos import campaign, stalls
+from tests.chaos.audit import Made
+from tests.chaos.campaign import Progress
+from tests.chaos.schedule import KINDS, plan
+from tests.chaos.stalls import Happened
+
+# Close enough for most faults to meet another one, and each away for twice the session timeout of this test.
+GAP_S = 5.0
+LONGEST_S = 12.0
+SETTINGS = {"KAFKA__SESSION_TIMEOUT_MS": "6000", "LLM__DEADLINE_S": "30"}
+
+
+@pytest.mark.real
+@pytest.mark.chaos
+@pytest.mark.timeout(720)
+async def test_each_kind_of_fault_once_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
+    planned = plan(len(KINDS), seed=11, gap_s=GAP_S, longest_s=LONGEST_S)
+    outcome = await campaign.run(planned, tmp_path, Progress(expected_s=300), **SETTINGS)
+    assert outcome.violations == []
+    assert Counter(fault.kind for fault in outcome.happened) == Counter(list(KINDS))
+    found = outcome.as_json()
+    assert found["lost"] == found["duplicates"] == found["unexplained_dead_letters"] == 0
+    assert found["accepted"] > 200
+    assert outcome.explained >= 1, "the window that the LLM never answers for has a dead letter"
+
+
+async def test_a_campaign_that_breaks_off_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing:
+        def __getattr__(self, name: str) -> None:
+            raise LookupError("there is no installation")
+
+    outcome = campaign.Outcome()
+    await campaign._torment(Nothing(), [], outcome, Progress(1, tell=lambda _: None))  # type: ignore[arg-type]
+    assert any("there is no installation" in line for line in outcome.violations)
+    await asyncio.sleep(0)
+
+
+def happened(kind: str, target: str, at: int, until: int | None = None, number: int = 1) -> Happened:
+    return Happened(number, kind, target, at, at if until is None else until)
+
+
+def test_a_stall_lasts_from_the_end_of_the_fault_to_the_next_record():
+    found = stalls.stalls([happened("stop", "detect", 1_000, 5_000)], {"detect": [Made(4_900, 0), Made(9_000, 3_000)]})
+    assert [(stall.stage, stall.seconds, stall.alone) for stall in found] == [("detect", 4.0, True)]
+
+
+def test_a_stage_that_has_nothing_to_do_is_idle_and_not_silent():
+    found = stalls.stalls([happened("kill-batch", "batch", 1_000)], {"batch": [Made(9_000, 8_500)]})
+    assert [stall.seconds for stall in found] == [0.5]
+
+
+def test_a_stall_behind_another_fault_counts_for_no_single_one():
+    faults = [happened("kill-batch", "batch", 1_000), happened("kill-detect", "detect", 3_000, number=2)]
+    made = {"batch": [Made(9_000, 0)], "detect": [Made(8_000, 0)]}
+    found = {stall.stage: stall for stall in stalls.stalls(faults, made)}
+    assert not found["batch"].alone
+    assert found["detect"].alone, "what stands behind it cannot hold it up"
+    assert stalls.longest(list(found.values())) is found["detect"]
+
+
+def test_a_lost_broker_counts_for_every_stage_and_for_no_single_process():
+    made = {stage: [Made(3_000 + number, 0)] for number, stage in enumerate(stalls._STORES["kafka"])}
+    found = stalls.stalls([happened("kill-broker", "kafka", 1_000)], made)
+    assert {stall.stage for stall in found} == set(made)
+    assert stalls.longest(found) is None
+    assert stalls.by_kind(found, alone=True) == {"kill-broker": 2.0}
