@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import structlog
 from aiokafka import AIOKafkaProducer, TopicPartition
-from aiokafka.errors import IllegalOperation, KafkaError, ProducerFenced
+from aiokafka.errors import IllegalOperation, KafkaConnectionError, KafkaError, ProducerFenced
 from aiokafka.structs import OffsetAndMetadata, RecordMetadata
 
 from schemas import ids
@@ -92,6 +92,9 @@ class FencedProducer:
         except ProducerFenced as error:
             await self.close()
             raise FencedError(self.transactional_id) from error
+        except AssertionError as error:  # aiokafka, of a broker that is back and names no brokers yet
+            await self.close()
+            raise KafkaConnectionError(str(error)) from error
         except BaseException:
             await self.close()
             raise

@@ -156,7 +156,7 @@ class Window:
         minute: Local minute, 0..59.
         duration_s: Seconds from the first to the last frame.
         frames: Frames in the batch.
-        seen: Per class: the largest simultaneous count and the best score, 0..1.
+        seen: Per class: how many at once, and the best score, 0..1.
         moves: How the most important class moved.
     """
 

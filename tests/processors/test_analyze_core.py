@@ -104,13 +104,12 @@ def test_duration_is_rounded_half_up(seconds, told):
     assert line(context(seconds=seconds), "duration") == told
 
 
-def test_counts_are_the_largest_at_one_moment_and_scores_the_best_of_all():
-    found = context(
-        (seen("person", 0.6), seen("person", 0.5)),
-        (seen("person", 0.95),),
-        (seen("person", 0.7), seen("person", 0.7), seen("person", 0.7)),
-    )
-    assert line(found, "seen") == "3 person 0.95"
+@pytest.mark.parametrize(
+    ("shown", "count"), [([1, 2, 3, 3], 3), ([2, 3, 1, 1], 2), ([1, 1, 0, 2, 1], 1), ([2, 0, 0, 2], 2), ([3], 3)]
+)
+def test_counts_are_what_two_successive_frames_show_and_scores_the_best_of_all(shown, count):
+    found = context(*(tuple(seen("person", 0.95 if n == 1 else 0.7) for _ in range(n)) for n in shown))
+    assert line(found, "seen") == f"{count} person {0.95 if 1 in shown else 0.7:.2f}"
 
 
 def test_people_come_first_then_vehicles_then_animals_then_others_each_by_name():

@@ -5,7 +5,8 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaConnectionError
 from aiokafka.structs import OffsetAndMetadata
 
 from schemas.records import DeadLetter
@@ -115,6 +116,15 @@ async def test_closing_in_the_middle_of_a_transaction_takes_no_time(kafka: Kafka
         await producer._producer.send(on.target, b"never", partition=2)
         async with asyncio.timeout(2):
             await producer.close()
+
+
+async def test_a_broker_that_is_back_and_names_no_brokers_yet_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start(_self: AIOKafkaProducer) -> None:
+        raise AssertionError("Did we not perform bootstrap?")  # what aiokafka 0.14 says in that moment
+
+    monkeypatch.setattr(AIOKafkaProducer, "start", start)
+    with pytest.raises(KafkaConnectionError):
+        await FencedProducer(Kafka(KafkaSettings(bootstrap_servers="127.0.0.1:1")), "t-stage-0").open()
 
 
 async def test_a_cancellation_while_letting_go_reaches_the_caller() -> None:
