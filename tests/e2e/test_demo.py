@@ -35,6 +35,7 @@ def rewatch(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 async def test_the_demo_ends_with_everything_accounted_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_for(tmp_path, monkeypatch)
+    monkeypatch.setenv("COLUMNS", "140")  # a story's line is not folded
     shown = await asyncio.to_thread(rewatch, "demo")
     assert shown.returncode == 0, shown.stdout[-3000:] + shown.stderr[-3000:]
     assert "the riskiest events" in shown.stdout
