@@ -5,6 +5,7 @@ user message (the compact text of one batch) and the JSON answer. The verdict is
 that a held-out window has exactly one right answer to measure the model against.
 """
 
+import dataclasses
 import itertools
 import json
 import random
@@ -144,6 +145,9 @@ floor desk window tree field meadow valley canyon silver golden iron stone brick
 INVENTED = 0.1
 #: And where it is trained: spelling out a name never seen is what it learns last, so it is drawn more often.
 INVENTED_TRAINED = 0.25
+#: Of the trained instructions with added sentences, the share whose window they change. Left to chance an expected
+#: delivery changed 2 verdicts of 100, and was not learned at all.
+TELLING_TRAINED = 0.6
 
 
 @dataclass(frozen=True)
@@ -371,12 +375,36 @@ def instruct(rng: random.Random, *, held_out: bool = False) -> tuple[str, Policy
     return " ".join((base, *sentences)), Policy(**dict.fromkeys(chosen, True))
 
 
-def sample(seed: int, *, held_out: bool = False, invented: float = INVENTED) -> Sample:
+def _telling_window(rng: random.Random, policy: Policy, invented: float) -> Window:
+    """A window in which one of the policy's sentences, drawn anew each time, changes the verdict."""
+    stated = [key for key in MODIFIERS if getattr(policy, key)]
+    asked = rng.choice(stated)
+    without = dataclasses.replace(policy, **{asked: False})
+    while True:
+        seen = window(rng, invented)
+        if steps(seen, policy) != steps(seen, without):
+            return seen
+
+
+def sample(seed: int, *, held_out: bool = False, invented: float = INVENTED, telling: float = 0.0) -> Sample:
     """The pair of a seed: training uses seeds below 10**9, measuring those from there on.
 
-    `invented` is the share of cameras named by made-up syllables; `held_out` takes wordings never trained on.
+    `invented` is the share of cameras named by made-up syllables; `telling` that of instructions with added sentences
+    whose window is one that they change; `held_out` takes wordings never trained on.
     """
     rng = random.Random(seed)
     instruction, policy = instruct(rng, held_out=held_out)
-    seen = window(rng, invented)
+    if telling and policy != Policy() and rng.random() < telling:
+        seen = _telling_window(rng, policy, invented)
+    else:
+        seen = window(rng, invented)
+    return Sample(instruction, render(seen), json.dumps(verdict(seen, policy)), seen, policy)
+
+
+def telling_sample(seed: int, kind: str) -> Sample:
+    """A window whose verdict one added sentence changes, in a wording never trained on; `kind` is of MODIFIERS."""
+    rng = random.Random(seed)
+    policy = Policy(**{kind: True})
+    instruction = f"{rng.choice(BASE_INSTRUCTIONS)} {rng.choice(MODIFIERS[kind][1])}"
+    seen = _telling_window(rng, policy, INVENTED)
     return Sample(instruction, render(seen), json.dumps(verdict(seen, policy)), seen, policy)

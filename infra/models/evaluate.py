@@ -61,8 +61,7 @@ def detector(count: int = COUNT, *, weights: Path = DEMO, on_done: OnDone = lamb
 def analyst(count: int = COUNT, *, weights: Path = DEMO, on_done: OnDone = lambda _: None) -> dict[str, Any]:
     """The analyst's figures over `count` windows, as `infra.models.measure_analyst.AnalystScores` explains them."""
     scores = asdict(measure_analyst.measure(weights_of("analyst", weights), count, on_done=on_done))
-    windows = {"windows": scores.pop("asked"), "prompt_shift_windows": scores.pop("flips")}
-    return _rounded(scores) | windows | {"first_seed": HELD_OUT_WINDOW, "sha256": sha256_of("analyst", weights)}
+    return _rounded(scores) | {"first_seed": HELD_OUT_WINDOW, "sha256": sha256_of("analyst", weights)}
 
 
 def evaluate(parts: tuple[str, ...], count: int, out: Path, *, weights: Path = DEMO) -> dict[str, Any]:
@@ -80,7 +79,8 @@ def evaluate(parts: tuple[str, ...], count: int, out: Path, *, weights: Path = D
 
 
 def _rounded(scores: dict[str, Any]) -> dict[str, Any]:
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in scores.items()}
+    rounded: dict[str, Any] = json.loads(json.dumps(scores), parse_float=lambda text: round(float(text), 4))
+    return rounded
 
 
 def main() -> None:

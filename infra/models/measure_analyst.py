@@ -9,13 +9,14 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import httpx
 import xllamacpp
 
-from infra.models.analyst_data import Sample, level, sample, verdict
+from infra.models.analyst_data import MODIFIERS, Policy, Sample, level, sample, telling_sample, verdict
 from infra.models.train_analyst import HELD_OUT_SEED
 
 #: The keys in the order that the model writes them; llama.cpp's grammar keeps the order of `properties`.
@@ -44,9 +45,9 @@ class AnalystScores:
         summary_facts: Summary exactly right: camera, classes, counts, day or night, duration.
         exact: The whole answer right, character for character.
         score_error: Mean distance from the right score, points of 100; 100 where no score was written.
-        prompt_shift: Of the windows where an added sentence (in a wording never trained on) changes the right
-            level, the share where the level changed to the right one.
-        flips: How many windows those were.
+        prompt_shift: Of as many windows again, each with one added sentence (in a wording never trained on) that
+            changes its right score, the share whose score is nearer to that than to the one without the sentence.
+        prompt_shift_by: The same by the kind of sentence.
     """
 
     asked: int
@@ -55,7 +56,7 @@ class AnalystScores:
     exact: float
     score_error: float
     prompt_shift: float
-    flips: int
+    prompt_shift_by: dict[str, float]
 
 
 @contextmanager
@@ -90,40 +91,54 @@ def ask(client: httpx.Client, instruction: str, prompt: str) -> tuple[dict[str, 
     return parsed, text
 
 
-def _plain(s: Sample) -> dict[str, Any]:
-    """The right verdict of a sample's window under its instruction without the added sentences."""
-    return verdict(s.window, type(s.policy)())
-
-
 def measure(
     model: Path, count: int = 200, threads: int = 1, on_done: Callable[[int], None] = lambda _: None
 ) -> AnalystScores:
-    """Asks for `count` held-out windows, their instructions' added sentences in held-out wordings.
+    """Asks for `count` held-out windows, their instructions' added sentences in held-out wordings, and as many again.
 
-    `on_done` is told after each how many are done.
+    `on_done` is told after each of the first how many are done.
     """
-    bands = facts = exact = shifted = flips = 0
-    error = 0
+    bands = facts = exact = error = 0
+    kinds = tuple(MODIFIERS)
+    shifted: dict[str, list[bool]] = {kind: [] for kind in kinds}
     with served(model, threads) as address, httpx.Client(base_url=address, timeout=60) as client:
         for i in range(count):
             s = sample(HELD_OUT_SEED + i, held_out=True)
             right = json.loads(s.answer)
-            try:
-                got, text = ask(client, s.instruction, s.prompt)
-            except ValueError:  # cut off at max_tokens: an answer that is wrong in every way
-                got, text = {"summary": ""}, ""
-            same_band = bool(text) and level(got["risk_score"]) == level(right["risk_score"])
-            bands += same_band
+            got, text = _asked(client, s)
+            bands += bool(text) and level(got["risk_score"]) == level(right["risk_score"])
             facts += got["summary"] == right["summary"]
             exact += text == s.answer
             error += abs(got["risk_score"] - right["risk_score"]) if text else 100
-            if level(_plain(s)["risk_score"]) != level(right["risk_score"]):
-                flips += 1
-                shifted += same_band
+            kind = kinds[i % len(kinds)]
+            shifted[kind].append(_follows(client, telling_sample(HELD_OUT_SEED + i, kind)))
             on_done(i + 1)
+    each = list(chain.from_iterable(shifted.values()))
     return AnalystScores(
-        count, bands / count, facts / count, exact / count, error / count, shifted / max(1, flips), flips
+        asked=count,
+        band_accuracy=bands / count,
+        summary_facts=facts / count,
+        exact=exact / count,
+        score_error=error / count,
+        prompt_shift=sum(each) / len(each),
+        prompt_shift_by={kind: sum(those) / max(1, len(those)) for kind, those in shifted.items()},
     )
+
+
+def _asked(client: httpx.Client, s: Sample) -> tuple[dict[str, Any], str]:
+    try:
+        return ask(client, s.instruction, s.prompt)
+    except ValueError:  # cut off at max_tokens: an answer that is wrong in every way
+        return {"summary": ""}, ""
+
+
+def _follows(client: httpx.Client, s: Sample) -> bool:
+    got, text = _asked(client, s)
+    if not text:
+        return False
+    right, plain = (int(str(verdict(s.window, policy)["risk_score"])) for policy in (s.policy, Policy()))
+    score: int = got["risk_score"]
+    return abs(score - right) < abs(score - plain)
 
 
 def main() -> None:

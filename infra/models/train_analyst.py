@@ -45,7 +45,11 @@ def batch(samples: Sequence[analyst_data.Sample], tokenizer: Tokenizer) -> tuple
 
 
 def _trained(index: int) -> analyst_data.Sample:
-    return analyst_data.sample(_TOKENIZER_SAMPLES + index, invented=analyst_data.INVENTED_TRAINED)
+    return analyst_data.sample(
+        _TOKENIZER_SAMPLES + index,
+        invented=analyst_data.INVENTED_TRAINED,
+        telling=analyst_data.TELLING_TRAINED,
+    )
 
 
 def loss_of(model: Analyst, tokens: Tensor, targets: Tensor) -> Tensor:
