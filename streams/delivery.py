@@ -71,10 +71,14 @@ class FencedProducer:
 
     def __init__(self, kafka: Kafka, transactional_id: str) -> None:
         self.transactional_id = transactional_id
-        self._producer = kafka.producer(
-            transactional_id=transactional_id,
-            transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
-        )
+        self._kafka = kafka
+        self._made: AIOKafkaProducer | None = None
+        """aiokafka's, from `open` on: one that was made must be closed, also where it never started."""
+
+    @property
+    def _producer(self) -> AIOKafkaProducer:
+        assert self._made is not None, "opened before it is used"
+        return self._made
 
     async def open(self) -> None:
         """Fence: when this returns, no predecessor can commit any more, and its open transaction has ended.
@@ -83,6 +87,10 @@ class FencedProducer:
             FencedError: another one was opened meanwhile.
             KafkaError or TimeoutError: the broker is away.
         """
+        self._made = self._kafka.producer(
+            transactional_id=self.transactional_id,
+            transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
+        )
         try:
             async with asyncio.timeout(_COMMIT_TIMEOUT_S):
                 await self._producer.start()
@@ -157,7 +165,8 @@ class FencedProducer:
 
     async def close(self) -> None:
         """Let go without flushing: whatever was not committed is the successor's to repeat."""
-        await let_go(self._producer)
+        if self._made is not None:
+            await let_go(self._made)
 
 
 class Ownership:

@@ -145,9 +145,6 @@ floor desk window tree field meadow valley canyon silver golden iron stone brick
 INVENTED = 0.1
 #: And where it is trained: spelling out a name never seen is what it learns last, so it is drawn more often.
 INVENTED_TRAINED = 0.25
-#: Of the trained instructions with added sentences, the share whose window they change. Left to chance an expected
-#: delivery changed 2 verdicts of 100, and was not learned at all.
-TELLING_TRAINED = 0.6
 
 
 @dataclass(frozen=True)
@@ -375,30 +372,56 @@ def instruct(rng: random.Random, *, held_out: bool = False) -> tuple[str, Policy
     return " ".join((base, *sentences)), Policy(**dict.fromkeys(chosen, True))
 
 
-def _telling_window(rng: random.Random, policy: Policy, invented: float) -> Window:
-    """A window in which one of the policy's sentences, drawn anew each time, changes the verdict."""
-    stated = [key for key in MODIFIERS if getattr(policy, key)]
-    asked = rng.choice(stated)
-    without = dataclasses.replace(policy, **{asked: False})
+def _telling_window(rng: random.Random, policy: Policy, without: Policy, invented: float) -> Window:
+    """A window that the two policies judge otherwise."""
     while True:
         seen = window(rng, invented)
         if steps(seen, policy) != steps(seen, without):
             return seen
 
 
-def sample(seed: int, *, held_out: bool = False, invented: float = INVENTED, telling: float = 0.0) -> Sample:
+def _judged(instruction: str, policy: Policy, seen: Window) -> Sample:
+    return Sample(instruction, render(seen), json.dumps(verdict(seen, policy)), seen, policy)
+
+
+def sample(seed: int, *, held_out: bool = False, invented: float = INVENTED) -> Sample:
     """The pair of a seed: training uses seeds below 10**9, measuring those from there on.
 
-    `invented` is the share of cameras named by made-up syllables; `telling` that of instructions with added sentences
-    whose window is one that they change; `held_out` takes wordings never trained on.
+    `invented` is the share of cameras named by made-up syllables; `held_out` takes wordings never trained on.
     """
     rng = random.Random(seed)
     instruction, policy = instruct(rng, held_out=held_out)
-    if telling and policy != Policy() and rng.random() < telling:
-        seen = _telling_window(rng, policy, invented)
-    else:
-        seen = window(rng, invented)
-    return Sample(instruction, render(seen), json.dumps(verdict(seen, policy)), seen, policy)
+    return _judged(instruction, policy, window(rng, invented))
+
+
+def contrast(seed: int, *, invented: float = INVENTED) -> tuple[Sample, Sample]:
+    """One window judged twice: with a sentence that changes its verdict, and without it, all else being equal.
+
+    Left to chance an expected delivery changes 2 verdicts of 100, and the sentence was not learned; with more such
+    windows but no such twins, the model expected deliveries at every door. In half of the twins a sentence that says
+    nothing of this window stands in the place of the one that is missing: it is the meaning that must be read.
+    """
+    rng = random.Random(seed)
+    base = rng.choice((DEFAULT_INSTRUCTION, rng.choice(BASE_INSTRUCTIONS)))
+    # A delivery shows at a few doors by day only, and lowers the score least: it is asked most.
+    asked = rng.choices(tuple(MODIFIERS), (3, 1, 1, 2))[0]
+    others = rng.sample([kind for kind in MODIFIERS if kind != asked], rng.choice((0, 0, 1)))
+    with_it = Policy(**dict.fromkeys((asked, *others), True))
+    without = dataclasses.replace(with_it, **{asked: False})
+    seen = _telling_window(rng, with_it, without, invented)
+    said = {kind: rng.choice(MODIFIERS[kind][0]) for kind in (asked, *others)}
+    order = rng.sample(list(said), len(said))
+    idle = [
+        kind
+        for kind in MODIFIERS
+        if kind not in said and steps(seen, dataclasses.replace(without, **{kind: True})) == steps(seen, without)
+    ]
+    instead = rng.choice(idle) if idle and rng.random() < 0.5 else None
+    twin_policy = dataclasses.replace(without, **{instead: True}) if instead else without
+    twin_said = said | {asked: rng.choice(MODIFIERS[instead][0]) if instead else ""}
+    first = " ".join((base, *(said[kind] for kind in order)))
+    second = " ".join((base, *filter(None, (twin_said[kind] for kind in order))))
+    return _judged(first, with_it, seen), _judged(second, twin_policy, seen)
 
 
 def telling_sample(seed: int, kind: str) -> Sample:
@@ -406,5 +429,4 @@ def telling_sample(seed: int, kind: str) -> Sample:
     rng = random.Random(seed)
     policy = Policy(**{kind: True})
     instruction = f"{rng.choice(BASE_INSTRUCTIONS)} {rng.choice(MODIFIERS[kind][1])}"
-    seen = _telling_window(rng, policy, INVENTED)
-    return Sample(instruction, render(seen), json.dumps(verdict(seen, policy)), seen, policy)
+    return _judged(instruction, policy, _telling_window(rng, policy, Policy(), INVENTED))
