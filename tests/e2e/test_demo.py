@@ -89,17 +89,14 @@ def holds_what_was_meant(stories: dict[str, Any], shown: str) -> None:
 
 
 async def moves_as_the_second_prompt_says(settings: Settings) -> None:
-    """The day's windows, judged again under the second version: up at night, else alike.
-
-    That deliveries are expected this analyst does not heed (its card says so), so callers by day are no lower.
-    """
+    """The day's windows, judged again under the second version: up at night, down for callers by day, else alike."""
     kafka = Kafka(settings.kafka)
     partitions = [TopicPartition("contexts", number) for number in range(settings.kafka.partitions)]
     contexts = [codec.decode(r, Context) for r in await kafka.read(partitions) if Tick.of(r) is None]
     llm = OpenAiLlm(settings.llm)
     judge = Judge(llm, settings.llm)
     rows, as_it_says, flipped = [], 0, 0
-    versions = ((prompts.default(), Policy()), (second_version(), Policy(strict_night=True)))
+    versions = ((prompts.default(), Policy()), (second_version(), Policy(deliveries=True, strict_night=True)))
     for context in contexts:
         got = [await judge.judge(context, version, key=context.batch_id) for version, _ in versions]
         window = window_of(core.variables(context))

@@ -12,12 +12,14 @@ from infra.models.analyst_data import (
     Policy,
     Window,
     area,
+    contrast,
     level,
     render,
     sample,
     verdict,
 )
 from infra.models.analyst_model import encode, train_tokenizer
+from infra.models.train_analyst import batch, forks
 
 WEIGHTS = Path(__file__).parents[2] / "infra" / "models" / "weights"
 VISITOR = Window("front-door", 23, 14, 34, 21, {"dog": (1, 0.72), "person": (1, 0.91)}, "stays")
@@ -81,6 +83,33 @@ def test_a_name_tells_the_kind_of_place(camera: str, kind: str):
 def test_held_out_wordings_are_never_trained():
     for trained, held_out in MODIFIERS.values():
         assert not set(trained) & set(held_out)
+
+
+def test_twins_show_one_window_and_differ_in_a_sentence_that_decides():
+    kinds = set()
+    for seed in range(60):
+        one, other = contrast(seed)
+        assert one.prompt == other.prompt
+        assert one.answer != other.answer
+        said = {kind for kind in MODIFIERS if getattr(one.policy, kind) and not getattr(other.policy, kind)}
+        assert len(said) == 1
+        kinds |= said
+        assert sum(getattr(other.policy, kind) for kind in MODIFIERS) <= 2
+    assert kinds == set(MODIFIERS)
+
+
+def test_where_two_twins_part_there_the_loss_looks():
+    twins = [*contrast(1), *contrast(2)]
+    tokenizer = train_tokenizer(text for s in twins for text in (s.instruction, s.prompt, s.answer))
+    _, targets = batch([*twins, sample(3)], tokenizer)
+    weights = forks(targets, 2)
+    assert (weights > 1).sum(1).tolist() == [1, 1, 1, 1, 0]
+    for row in (0, 2):
+        (one, other) = (targets[row + i][targets[row + i] >= 0] for i in (0, 1))
+        (at_one, at_other) = (int((weights[row + i][targets[row + i] >= 0] > 1).nonzero()[0]) for i in (0, 1))
+        assert at_one == at_other
+        assert one[:at_one].tolist() == other[:at_one].tolist()
+        assert one[at_one] != other[at_one]
 
 
 def test_numbers_are_read_digit_by_digit():
