@@ -26,6 +26,7 @@ from processors.detect.settings import DetectorSettings
 from processors.gateway.settings import GatewaySettings
 from processors.ingest.settings import IngestSettings
 from processors.store.settings import ClickHouseSettings
+from processors.telemetry.settings import TelemetrySettings
 from streams.kafka import KafkaSettings
 from streams.scraping import MetricsSettings
 
@@ -116,6 +117,7 @@ class Settings(BaseSettings):
     ingest: IngestSettings = IngestSettings()
     gateway: GatewaySettings = GatewaySettings()
     stages: StagesSettings = StagesSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
     local: LocalSettings = LocalSettings()

@@ -3,10 +3,11 @@
 What `rewatch up` and `rewatch demo` run. Every child is supervised; data stay under `data_dir`.
 """
 
+import hashlib
 import os
+import re
+import socket
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -15,12 +16,14 @@ from infra.config import Settings
 from infra.local.llama import LlamaSettings
 from infra.local.process import BEHIND, ProcessSpec
 from infra.local.stack import LocalStack
+from infra.watchdog import Watchdog
+from processors.analyze.settings import SLOTS
 from processors.sink.store import ClickHouseStore
 from schemas import prompts
 from streams.admin import ensure_topics
-from streams.control import Prompts
 from streams.kafka import Kafka
-from streams.liveness import STALL_S, read_report
+from streams.liveness import read_report
+from streams.prompts import Prompts
 
 # A stage loads its model (torch's import alone takes up to 9 s on a cold disk) and waits for the broker, its topics and
 # its group before it is ready: 120 s and more were seen on a machine that was busy with much else. To give up the
@@ -88,48 +91,33 @@ class Installation:
             argv=[
                 *(sys.executable, "-m", "infra.worker", stage),
                 *("--status", str(status), "--metrics-port", metrics, *config),
+                *("--member", member_name(self.settings, stage, index)),
             ],
             env={"PYTHONUNBUFFERED": "1"},
             needs=tuple(need for need, local in needs.items() if local),
             patient=True,
             ready=lambda: _ready(stage, status),
             stalled=Watchdog(status).stalled,
-            nice=BEHIND if stage == "sink" else 0,
+            nice=BEHIND if stage in {"sink", "telemetry"} else 0,
             cleanup=lambda: status.unlink(missing_ok=True),
             ready_timeout=_READY_S,
         )
 
 
-class Watchdog:
-    """Why the supervisor should restart a stage: it says so itself, or has stopped saying anything.
+def member_name(settings: Settings, stage: str, index: int) -> str:
+    """What the process `index` of a stage, from 0, is called in the stage's group: at most 249 of Kafka's letters.
 
-    Silence is measured by the monotonic clock: when the wall clock is set, or a laptop wakes, nobody has been silent.
+    Two installations can share a cluster and `kafka.system`, even a host name; a data directory they cannot share.
     """
-
-    def __init__(self, status: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._status = status
-        self._clock = clock
-        self._touched = 0
-        self._heard_at = clock()
-
-    async def stalled(self) -> str | None:
-        """The reason, or None while it lives or says what it waits on."""
-        report = read_report(self._status)
-        if report is None:
-            return None
-        touched = self._status.stat().st_mtime_ns  # also where the disk has no room for a report
-        if touched != self._touched:
-            self._touched, self._heard_at = touched, self._clock()
-        silent = self._clock() - self._heard_at
-        if silent > STALL_S:
-            return f"its loop has not ticked for {silent:.0f} s"
-        return report["stall"] if isinstance(report["stall"], str) else None
+    host = re.sub(r"[^A-Za-z0-9._-]", "_", socket.gethostname())[:100]
+    place = hashlib.sha256(str(settings.data_dir.resolve()).encode()).hexdigest()[:8]
+    return f"{settings.kafka.system[:100]}-{stage}-{host}-{place}-{index + 1}"
 
 
 async def _ready(stage: str, status: Path) -> bool:
-    """A stage is ready once it is a member of its group; a door once it listens, and only then it reports."""
+    """A stage is ready once it is a member of its group; the others report as soon as they are at work."""
     report = read_report(status)
-    return bool(report and _runs(int(report["pid"])) and (stage in topology.DOORS or report["generation"] >= 0))
+    return bool(report and _runs(int(report["pid"])) and (stage not in topology.STAGES or report["generation"] >= 0))
 
 
 def _runs(pid: int) -> bool:
@@ -147,7 +135,7 @@ def llama_settings(settings: Settings) -> LlamaSettings:
         model=topology.analyst(settings),
         port=settings.local.llama_port,
         ctx=llm.context_size,
-        parallel=llm.slots,
+        parallel=llm.slots or SLOTS,
         threads=llm.threads,
         gpu_layers=llm.gpu_layers,
         prompt_cache=llm.prompt_cache,

@@ -117,7 +117,7 @@ class Redriver:
         whole = await self._store.dead_letters(
             origins=[letter["origin"] for letter in chunk], limit=_STAGES * len(chunk)
         )
-        bodies = {letter["origin"]: letter for letter in whole}
+        bodies = {(letter["origin"], letter["stage"]): letter for letter in whole}
         outcomes: list[Outcome] = []
         emits: list[Emit] = []
         for letter in chunk:
@@ -129,7 +129,7 @@ class Redriver:
                     to = await self._put_back(letter)
                     emits.append(redriven(letter["origin"], _BY, _now_ms()))
                 else:
-                    record, status = await self._record(bodies.get(letter["origin"], letter))
+                    record, status = await self._record(bodies.get((letter["origin"], letter["stage"]), letter))
                     to = f"{record.topic}-{record.partition}"
                     emits += (record, status)
             except _CannotError as error:

@@ -5,22 +5,27 @@ Each stage is imported when it is built: torch alone takes seconds and 300 MB, a
 
 import asyncio
 import os
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 from aiokafka.errors import KafkaError
 
 from infra.config import Settings
+from infra.local.llama import threads_of
 from infra.local.supervisor import running
 from infra.models import library
+from processors.telemetry.driver import driver_found
 from schemas.records import TopicMeta
 from streams.admin import ensure_topics
 from streams.claims import ClaimStore
-from streams.control import Cameras, Prompts
+from streams.control import Cameras
 from streams.kafka import Kafka
+from streams.liveness import Liveness
 from streams.lives import Lives
+from streams.prompts import Prompts
 from streams.scraping import Endpoint
 from streams.stages import Stage
 from streams.survey import READS
@@ -33,13 +38,18 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
+
 STAGES = tuple(READS)
 """The stages with an input partition, in the order of the road."""
 
 DOORS = ("ingest", "gateway")
 """What takes images in, and what shows the rest: they have no input partition, so no group to be a member of."""
 
-PROCESSES = (*DOORS, *STAGES)
+BESIDE = ("telemetry",)
+"""What stands beside the road and reads no topic, so it is no member of a group either."""
+
+PROCESSES = (*DOORS, *STAGES, *BESIDE)
 """Everything that `rewatch run` runs; the order decides the metrics' ports."""
 
 
@@ -57,6 +67,9 @@ def processes(settings: Settings, name: str) -> int:
     """How many processes of it `rewatch up` starts."""
     if name in DOORS:
         return 0 if name == "gateway" and not settings.gateway.enabled else 1
+    if name == "telemetry":
+        wanted = settings.telemetry.enabled
+        return int(driver_found() if wanted is None else wanted)
     return int(getattr(settings.stages, name).processes)
 
 
@@ -66,9 +79,15 @@ def metrics_port_of(settings: Settings, name: str, index: int = 0) -> int:
 
 
 async def run(
-    settings: Settings, name: str, stop: asyncio.Event, status: Path, *, metrics_port: int | None = None
+    settings: Settings,
+    name: str,
+    stop: asyncio.Event,
+    status: Path,
+    *,
+    metrics_port: int | None = None,
+    member: str | None = None,
 ) -> None:
-    """Run one stage, or a door, until `stop` is set; say how it is in the `status` file.
+    """Run one stage, a door or telemetry, until `stop` is set; say how it is in the `status` file.
 
     Args:
         settings: everything that is set.
@@ -76,6 +95,7 @@ async def run(
         stop: set it to end.
         status: the file that says how it is.
         metrics_port: where it serves its metrics, 0 for a free port; by default that of the stage's first process.
+        member: the process's name in its stage's group: started again under it, it has its partitions back at once.
 
     Raises:
         TopicsError: the topics on the broker are not what the settings say.
@@ -84,7 +104,8 @@ async def run(
     kafka = Kafka(settings.kafka)
     known, prompts = cameras(settings, kafka), Prompts(kafka)
     # Importing and loading a model takes seconds, and so may the broker: neither waits for the other.
-    building = None if name in DOORS else asyncio.create_task(asyncio.to_thread(build, settings, name, known, prompts))
+    loading = asyncio.to_thread(_load, settings, name, known, prompts) if name in STAGES else None
+    building = asyncio.create_task(loading) if loading is not None else None
     port = metrics_port_of(settings, name) if metrics_port is None else metrics_port
     async with AsyncExitStack() as stack:
         endpoint = await stack.enter_async_context(
@@ -93,9 +114,19 @@ async def run(
         if name == "gateway":  # it shows what is away, so it waits for nothing
             await gateway(settings, kafka, known, status, endpoint).run(stop)
             return
-        metas = await _topics(kafka, stop)
-        await stack.enter_async_context(known.table.following())
-        await stack.enter_async_context(prompts.table.following())
+        if name == "telemetry":  # what it reads is worth having without a broker, too
+            from processors.telemetry.service import run as run_telemetry
+
+            await run_telemetry(kafka, settings.telemetry, stop, status=status, endpoint=endpoint)
+            return
+        waits: list[str] = []
+        # A door that reports is taken for one that listens.
+        async with nullcontext() if building is None else _starting(name, status, waits):
+            metas = await _topics(kafka, stop, waits)
+            # Side by side: each reads its topic to the end, and a killed stage is to be back soon.
+            lives = Lives(kafka)
+            followed = (known.table.following(), prompts.table.following(), lives.following())
+            await _unless(stop, asyncio.gather(*map(stack.enter_async_context, followed)))
         if building is None:
             from processors.ingest.service import run as run_ingest
 
@@ -103,9 +134,9 @@ async def run(
             epoch = metas["frames"].epoch
             await run_ingest(kafka, settings.ingest, known, claims, stop, epoch=epoch, status=status, endpoint=endpoint)
             return
-        stage = await building
-        lives = await stack.enter_async_context(Lives(kafka).following())
-        host = _host(getattr(settings.stages, name).host)(kafka, stage, epochs=lives, status=status)
+        async with _starting(name, status, waits):
+            stage, host_class = await building
+        host = host_class(kafka, stage, epochs=lives, status=status, member=member)
         host.workers.liveness.metrics = endpoint.url
         endpoint.registry.register(host.workers.collector)
         await host.run(stop)
@@ -156,17 +187,47 @@ def gateway(settings: Settings, kafka: Kafka, known: Cameras, status: Path, endp
     return Service(source, settings.gateway, uploads, status=status, endpoint=endpoint)
 
 
-async def _topics(kafka: Kafka, stop: asyncio.Event) -> dict[str, TopicMeta]:
-    """The topics' meta records, as soon as the broker answers."""
+@asynccontextmanager
+async def _starting(name: str, status: Path, waits: list[str]) -> AsyncIterator[None]:
+    """Say in the status file that the stage starts, and on what it waits; its host says so from then on."""
+    telling = asyncio.create_task(Liveness(name).tell(status, asyncio.Event(), lambda: waits))
+    try:
+        yield
+    finally:
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
+        status.unlink(missing_ok=True)
+
+
+async def _unless(stop: asyncio.Event, doing: Awaitable[T]) -> T:
+    """What it gives; when asked to stop before that, the end, since there is nothing to stop yet."""
+    done, stopping = asyncio.ensure_future(doing), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({done, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            return done.result()
+        raise SystemExit(0)
+    finally:
+        for task in (done, stopping):
+            task.cancel()
+        await asyncio.gather(done, stopping, return_exceptions=True)
+
+
+async def _topics(kafka: Kafka, stop: asyncio.Event, waits: list[str]) -> dict[str, TopicMeta]:
+    """The topics' meta records, as soon as the broker answers; `waits` says that it is waited for."""
     said = ""
     while not stop.is_set():
         try:
-            return await ensure_topics(kafka)
+            metas = await ensure_topics(kafka)
         except (KafkaError, OSError, TimeoutError) as error:
+            waits[:] = ["broker"]
             if str(error) != said:  # once is enough: a broker can take a minute to start
                 said = str(error)
                 log.warning("waiting", on="broker", why=said)
             await asyncio.sleep(0.5)
+        else:
+            waits.clear()
+            return metas
     raise SystemExit(0)  # asked to stop before there was anything to stop
 
 
@@ -200,6 +261,11 @@ def build(settings: Settings, name: str, known: Cameras, prompts: Prompts) -> St
     raise ValueError(f"no such stage: {name}; there are {', '.join(PROCESSES)}")
 
 
+def _load(settings: Settings, name: str, known: Cameras, prompts: Prompts) -> "tuple[Stage, type[RawHost | FaustHost]]":
+    """The stage, and what hosts it: seconds of imports each."""
+    return build(settings, name, known, prompts), _host(getattr(settings.stages, name).host)
+
+
 def _host(name: str) -> "type[RawHost | FaustHost]":
     if name == "raw":
         from streams.host_raw import RawHost
@@ -216,11 +282,10 @@ def detector(settings: Settings) -> "Detector":
 
     if settings.detector.url is not None:
         return HttpDetector(settings.detector)
-    from processors.detect.torch_detector import TorchDetector
+    from processors.detect.runtimes import load
 
-    return TorchDetector(
-        settings.detector, library.resolve(settings.detector.model_path, "detector", settings.data_dir)
-    )
+    path = library.resolve(settings.detector.model_path, "detector", settings.data_dir)
+    return load(settings.detector, path, settings.data_dir / "cache" / "detector")
 
 
 def analyst(settings: Settings) -> Path:
@@ -236,4 +301,4 @@ def conditions(settings: Settings) -> dict[str, str]:
     """What the embedded server's answers do not tell: events carry it among the conditions of their making."""
     if not settings.local_llm:
         return {}
-    return {"threads": str(settings.llm.threads or "auto"), "gpu_layers": str(settings.llm.gpu_layers)}
+    return {"threads": str(threads_of(settings.llm.threads)), "gpu_layers": str(settings.llm.gpu_layers)}

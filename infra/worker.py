@@ -35,8 +35,10 @@ async def work(
     settings: Settings,
     stage: str,
     status: Path | None,
+    *,
     metrics_port: int | None = None,
     stop: asyncio.Event | None = None,
+    member: str | None = None,
 ) -> None:
     """Run the stage until SIGTERM; every line that it logs names it, and none holds a secret.
 
@@ -45,7 +47,7 @@ async def work(
     """
     logs.to_stderr(settings.log.level, settings.log.format, stage=stage, secrets=secrets_of(settings))
     status = status or topology.status_path(settings, stage)
-    await topology.run(settings, stage, stop or stop_event(), status, metrics_port=metrics_port)
+    await topology.run(settings, stage, stop or stop_event(), status, metrics_port=metrics_port, member=member)
 
 
 def main() -> int:
@@ -55,10 +57,19 @@ def main() -> int:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--status", type=Path)
     parser.add_argument("--metrics-port", type=int, help="0 takes a free one")
+    parser.add_argument("--member", help="its name in the stage's group; no two processes may have the same")
     arguments = parser.parse_args()
     logs.to_stderr("info")
     try:
-        asyncio.run(work(load(arguments.config), arguments.stage, arguments.status, arguments.metrics_port))
+        asyncio.run(
+            work(
+                load(arguments.config),
+                arguments.stage,
+                arguments.status,
+                metrics_port=arguments.metrics_port,
+                member=arguments.member,
+            )
+        )
     except (ConfigError, TopicsError, SettingsError, ModelError) as error:
         print(f"settings: {error}", file=sys.stderr)
         return 2

@@ -259,6 +259,14 @@ class ReplayEvent(Record, frozen=True, kw_only=True):
     event: RiskEvent
 
 
+class GpuProcess(Record, frozen=True, kw_only=True):
+    """One process with memory on a GPU."""
+
+    pid: int
+    name: str | None = None
+    memory: int | None = None
+
+
 class GpuMetrics(Record, frozen=True, kw_only=True):
     """One reading of one device by NVML."""
 
@@ -271,6 +279,20 @@ class GpuMetrics(Record, frozen=True, kw_only=True):
     temperature: float
     power: float
     read_at: int
+    uuid: str | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    memory_utilization: float | None = None
+    power_limit: float | None = None
+    clock_sm: int | None = None
+    clock_memory: int | None = None
+    ecc_volatile: int | None = None
+    ecc_aggregate: int | None = None
+    throttled: bool | None = None
+    throttle_reasons: tuple[str, ...] = ()
+    process_count: int | None = None
+    processes: tuple[GpuProcess, ...] = ()
+    error: str | None = None
 
 
 class DeadLetter(Record, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""Control topics read whole and folded to the latest by key: cameras and prompts, as the stages look them up.
+"""Control topics read whole and folded to the latest by key, as the stages look them up; cameras among them.
 
 They are small and never compacted, because their history is the product. A follower reads them to their end
 before its stage sees the first record, then keeps up with them.
@@ -16,12 +16,10 @@ import structlog
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from schemas import prompts
-from schemas.prompts import PromptError, PromptVersion
-from schemas.records import Camera, PromptRecord, Record, WindowSettings
+from schemas.records import Camera, Record, WindowSettings
 from streams import codec
 from streams.delivery import FencedProducer
-from streams.errors import FencedError, UnavailableError
+from streams.errors import FencedError
 from streams.kafka import Kafka, incoming
 from streams.messages import Incoming
 from streams.topics import TOPICS
@@ -93,8 +91,17 @@ class ControlTable(Generic[R]):
 
     @asynccontextmanager
     async def following(self) -> AsyncIterator["ControlTable[R]"]:
-        """Loaded at entry, kept up to date until exit."""
-        await self.load()
+        """Loaded at entry, as soon as the broker answers; kept up to date until exit."""
+        said = ""
+        while True:
+            try:
+                await self.load()
+                break
+            except (KafkaError, TimeoutError, OSError) as error:
+                if repr(error) != said:
+                    said = repr(error)
+                    log.warning("waiting", on="broker", topic=self._tp.topic, why=said)
+                await asyncio.sleep(1)
         task = asyncio.create_task(self._follow(), name=f"follow {self._tp.topic}")
         try:
             yield self
@@ -114,7 +121,9 @@ class ControlTable(Generic[R]):
             await asyncio.sleep(1)  # the broker is away; what is known stays in force
 
     def _take(self, record: Incoming) -> None:
-        self._next = max(self._next, record.offset + 1)
+        if record.offset < self._next:
+            return  # a follower and a load may read the same record: once is enough, and a later one holds by now
+        self._next = record.offset + 1
         try:
             value = codec.decode(record, self._kind)
         except codec.DecodeError as error:
@@ -179,52 +188,3 @@ class Cameras:
             await self.table.append(made, only_new=True)
             camera = self.get(camera_id) or made
         return camera
-
-
-class Prompts:
-    """The folded `prompts` topic: immutable versions, and which of them judges a camera."""
-
-    def __init__(self, kafka: Kafka, clock: Callable[[], float] = time.time) -> None:
-        self.table = ControlTable(kafka, "prompts", PromptRecord)
-        self._clock = clock
-        self._made: dict[str, PromptVersion] = {}
-
-    def of(self, camera_id: str) -> PromptVersion:
-        """The version that is active for the camera: its own, else everyone's, else the one in the tree.
-
-        Raises:
-            UnavailableError: a pointer names a version that is not there or cannot be used (waiting on `settings`):
-                judging by another prompt than the one that was asked for would be a verdict nobody ordered.
-        """
-        pointer = self.table.get(f"active/{camera_id}") or self.table.get("active/default")
-        if pointer is None:
-            return prompts.default()
-        if pointer.digest not in self._made:
-            record = self.table.get(f"version/{pointer.digest}")
-            if record is None:
-                raise UnavailableError("settings", f"prompt version {pointer.digest} is active but not in `prompts`")
-            try:
-                self._made[pointer.digest] = PromptVersion.from_record(record)
-            except PromptError as error:
-                raise UnavailableError("settings", str(error)) from error
-        return self._made[pointer.digest]
-
-    async def register(self, version: PromptVersion, comment: str) -> None:
-        """Put a version on the log where it is not there; make it everyone's where nobody has chosen yet."""
-        await self.table.load()
-        now = int(self._clock() * 1000)
-        if self.table.get(f"version/{version.digest}") is None:
-            await self.table.append(version.to_record(now, comment))
-        if self.table.get("active/default") is None:
-            pointer = PromptRecord(
-                kind="active",
-                digest=version.digest,
-                scope="default",
-                name="",
-                template="",
-                output_schema="",
-                parameters="",
-                comment=comment,
-                created_at=now,
-            )
-            await self.table.append(pointer)

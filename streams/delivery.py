@@ -215,7 +215,11 @@ class Ownership:
         start, end = (await self.kafka.bounds([self.tp]))[self.tp]
         self.host_began_right = committed is not None and committed[1] == self.epoch
         if committed is None:
-            self.position = max(start, await self._position_by_outputs())
+            self.position = await self._position_by_outputs()
+            # Of a group that never was, nothing is lost: it begins where the log begins.
+            if 0 < self.position < start:
+                await self.skip_gap(self.position, start)
+            self.position = max(start, self.position)
         elif committed[1] != self.epoch:
             log.warning("new epoch", stage=self.stage, topic=self.tp.topic, was=committed[1], now=self.epoch)
             self.position = start

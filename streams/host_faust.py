@@ -20,8 +20,9 @@ from faust.transport.drivers import aiokafka as driver
 from yarl import URL
 
 from streams.kafka import Kafka, incoming
+from streams.membership import Membership
 from streams.stages import Stage
-from streams.workers import Workers, group_consumer, still_member, until_broker_answers
+from streams.workers import Workers, group_consumer, in_its_loop, still_member, until_broker_answers
 
 log = structlog.get_logger(__name__)
 
@@ -32,10 +33,19 @@ _FULL_S = 0.1
 class _ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
     """Makes our consumer instead of Faust's, which would read uncommitted records."""
 
+    _membership: Membership | None = None
+
     def _create_worker_consumer(self, transport: Any) -> aiokafka.AIOKafkaConsumer:  # noqa: ARG002 (Faust's)
-        consumer = group_consumer(self.app.host.kafka, self.app.host.stage)
-        self.app.host.workers.collector.consumer = consumer
+        host = self.app.host
+        consumer, self._membership = group_consumer(host.kafka, host.stage, host.member)
+        host.workers.collector.consumer = consumer
         return consumer
+
+    async def on_thread_stop(self) -> None:
+        """Leave the group as an ordinary member does."""
+        if self._membership is not None:
+            self._membership.give_up()
+        await super().on_thread_stop()
 
     async def seek_to_committed(self) -> Mapping[Any, int]:
         """Faust drops what it fetched during a rebalance and comes here; a group without offsets would skip it."""
@@ -84,6 +94,9 @@ class _Consumer(driver.Consumer):  # type: ignore[misc]
                 await self.go_to(tp, 0)
             return {}
         workers.look(active)
+        for tp, records in fetched.items():
+            if records:
+                workers.brought(tp, records[-1].offset)
         # It goes by the last record's offset, by which Faust knows what it has read; the buffer drops the rest.
         return {
             tp: [replace(records[-1], key=None, value=[incoming(r, workers.epoch(tp.topic)) for r in records])]
@@ -111,9 +124,18 @@ class _App(faust.App):  # type: ignore[misc]
 class FaustHost:
     """Runs one stage on Faust."""
 
-    def __init__(self, kafka: Kafka, stage: Stage, *, epochs: Callable[[str], str], status: Path | None = None) -> None:
+    def __init__(
+        self,
+        kafka: Kafka,
+        stage: Stage,
+        *,
+        epochs: Callable[[str], str],
+        status: Path | None = None,
+        member: str | None = None,
+    ) -> None:
         self.kafka = kafka
         self.stage = stage
+        self.member = member
         self.workers = Workers(kafka, stage, epochs=epochs, reader=self, status=status)
         self._app: _App | None = None
 
@@ -191,9 +213,9 @@ class FaustHost:
     async def still_ours(self, tp: TopicPartition) -> bool:
         """Ask the group whether the partition is still this member's."""
         assert self._app is not None, "a partition is fed by a started app"
-        thread = self._app.consumer._thread  # noqa: SLF001 (there is no public way to the consumer)
-        asking = still_member(thread._consumer, tp)  # noqa: SLF001
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asking, thread.thread_loop))
+        consumer = self.workers.collector.consumer
+        assert consumer is not None, "a started app has made its consumer"
+        return await in_its_loop(consumer, still_member(consumer, tp))
 
     async def seek(self, tp: TopicPartition, offset: int) -> None:
         """Read the partition from there on."""

@@ -23,11 +23,20 @@ log = structlog.get_logger(__name__)
 class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
     """Runs one stage on a raw aiokafka loop."""
 
-    def __init__(self, kafka: Kafka, stage: Stage, *, epochs: Callable[[str], str], status: Path | None = None) -> None:
+    def __init__(
+        self,
+        kafka: Kafka,
+        stage: Stage,
+        *,
+        epochs: Callable[[str], str],
+        status: Path | None = None,
+        member: str | None = None,
+    ) -> None:
         self._kafka = kafka
         self._stage = stage
         self.workers = Workers(kafka, stage, epochs=epochs, reader=self, status=status)
-        self._consumer = self.workers.collector.consumer = group_consumer(kafka, stage)
+        self._consumer, self._membership = group_consumer(kafka, stage, member)
+        self.workers.collector.consumer = self._consumer
 
     async def run(self, stop: asyncio.Event) -> None:
         """Feed the workers until `stop` is set, then let go in order."""
@@ -43,6 +52,7 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
             try:
                 await self.workers.close()
             finally:
+                self._membership.give_up()
                 await self._consumer.stop()
                 for task in (reporting, watching):
                     task.cancel()

@@ -1,7 +1,8 @@
 """Is this worker alive: what its loop did last, what it waits on, and a status file that says so.
 
-A worker is alive while its loop ticks and its consumer polls, and each of its partitions advances, is caught
-up, or waits on something that it names. Only an unexplained stall is a reason to restart it.
+A worker is alive while its loop ticks, its consumer polls and is brought what is there (`Hearing`), and each of its
+partitions advances, is caught up, or waits on something that it names. Only an unexplained stall is a reason to restart
+it. Time in which the process did not run (no CPU left for it, SIGSTOP) is no time in which it did nothing.
 """
 
 import asyncio
@@ -25,6 +26,9 @@ REPORT_EVERY_S = 1.0
 
 # Longer than any usual pause of a healthy worker: a rebalance takes up to 10 s, an acquire about a second.
 STALL_S = 45.0
+
+# A loop that comes to its report later than this was not let run, or was held up by itself, which shows from outside.
+_LATE_S = 2 * REPORT_EVERY_S
 
 
 def read_report(path: Path) -> dict[str, Any] | None:
@@ -108,17 +112,23 @@ class Liveness:
     def __init__(self, stage: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.stage = stage
         self._clock = clock
+        self._ticked_at = clock()
+        self._lost = 0.0
         self.partitions: dict[str, PartitionLife] = {}
         self.polled_at = clock()
+        self.deaf: str | None = None
+        """What the consumer should have been brought and was not; `Hearing` says so."""
         self.waiting_on: str | None = None
         """What the whole worker waits on: its broker, its model."""
         self.generation = -1
         self.metrics: str | None = None
         """Where this process's metrics are served, a URL."""
+        self.details: dict[str, Any] = {}
+        """What a process tells besides, JSON-able; it stands in the report."""
 
     def partition(self, name: str, patience_s: float = STALL_S) -> PartitionLife:
         """The life of a partition, from now on; `patience_s`: how long one record may honestly take."""
-        life = PartitionLife(self._clock, patience_s)
+        life = PartitionLife(self.now, patience_s)
         self.partitions[name] = life
         return life
 
@@ -126,15 +136,27 @@ class Liveness:
         """The partition is someone else's now."""
         self.partitions.pop(name, None)
 
+    def now(self) -> float:
+        """Seconds, monotonic, of the time in which the loop ran."""
+        return self._clock() - self._lost
+
+    def ticked(self) -> None:
+        """The loop came to its report, each second; time that it lost since the last is no time of a stall."""
+        now = self._clock()
+        self._lost += max(0.0, now - self._ticked_at - _LATE_S)
+        self._ticked_at = now
+
     def polled(self) -> None:
         """The consumer polled (and so the loop ticked)."""
-        self.polled_at = self._clock()
+        self.polled_at = self.now()
 
     def stall(self) -> str | None:
         """Why this worker should be restarted; None while it lives or says what it waits on."""
-        now = self._clock()
+        now = self.now()
         if self.waiting_on is None and now - self.polled_at > STALL_S:
             return f"the consumer has not polled for {now - self.polled_at:.0f} s"
+        if self.deaf is not None:
+            return self.deaf
         for name, life in self.partitions.items():
             if (stalled := life.stalled_for()) is not None:
                 return f"{name} has {life.in_hand} records in hand and has not advanced for {stalled:.0f} s"
@@ -155,6 +177,7 @@ class Liveness:
                 name: {"position": life.position, "in_hand": life.in_hand, "waiting_on": life.waiting_on}
                 for name, life in sorted(self.partitions.items())
             },
+            **self.details,
         }
 
     def write(self, path: Path) -> None:
@@ -175,6 +198,7 @@ class Liveness:
     async def tell(self, path: Path | None, stop: asyncio.Event, waiting_on: Callable[[], list[str]] = list) -> None:
         """Of a process without partitions: look what it waits on and write the report, until the stop."""
         while not stop.is_set():
+            self.ticked()
             self.polled()
             self.waiting_on = ", ".join(waiting_on()) or None
             if path is not None:

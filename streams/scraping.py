@@ -68,10 +68,7 @@ class Endpoint:
         self._serving: asyncio.Task[None] | None = None
         self.url: str | None = None
         """Where it is served; None where it is not."""
-        self.registry = CollectorRegistry()
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=self.registry)
-        self.registry.register(_Build())
+        self.registry = new_registry()
 
     async def __aenter__(self) -> Self:
         listener = self._listen() if self._settings.enabled else None
@@ -107,6 +104,21 @@ class Endpoint:
             log.error("no metrics", why=str(error))  # noqa: TRY400 (the message names the setting)
 
 
+def new_registry() -> CollectorRegistry:
+    """A registry that tells of the process and its version."""
+    registry = CollectorRegistry()
+    for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        collector(registry=registry)
+    registry.register(_Build())
+    return registry
+
+
+def exposition(request: Request, registry: CollectorRegistry) -> Response:
+    """The registry, in the form that the scraper asks for."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(registry), headers={"Content-Type": content_type})
+
+
 class _Build(Collector):
     """Which version this is."""
 
@@ -120,8 +132,7 @@ def build_app(registry: CollectorRegistry, settings: MetricsSettings, reports: P
     async def metrics(request: Request) -> Response:
         if not settings.lets_in(request.headers):
             return _refused()
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), headers={"Content-Type": content_type})
+        return exposition(request, registry)
 
     async def listed(request: Request) -> Response:
         if not settings.lets_in(request.headers):

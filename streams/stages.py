@@ -23,8 +23,10 @@ class MapStage(Protocol):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     """Topics whose tail tells the position when the group's offsets were forgotten."""
-    concurrency: int
-    """Records in hand at once, in the whole process."""
+
+    @property
+    def concurrency(self) -> int:
+        """Records in hand at once, in the whole process. It may change: it is asked for each."""
 
     async def handle(self, record: Incoming) -> Sequence[Emit]:
         """The record's results. It may be cancelled at any await, and called again for the same record.

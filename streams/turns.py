@@ -2,31 +2,33 @@
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 
 class Turns:
     """A semaphore whose free slots go round among those who wait.
 
     With a plain one, first come first served, a partition with a single frame would stand behind all that fifteen
-    flooded ones had queued for: sixteen each, in detect.
+    flooded ones had queued for: sixteen each, in detect. `slots` may be a function, where their number changes.
     """
 
-    def __init__(self, slots: int) -> None:
-        self._free = slots
+    def __init__(self, slots: int | Callable[[], int]) -> None:
+        self._slots = slots if callable(slots) else lambda: slots
+        self._held = 0
         self._waiting: OrderedDict[Hashable, deque[asyncio.Future[None]]] = OrderedDict()
 
     def locked(self) -> bool:
         """Whether a slot would have to be waited for."""
-        return not self._free
+        return self._held >= self._slots()
 
     async def acquire(self, who: Hashable) -> None:
         """Wait for a slot in `who`'s queue."""
-        if self._free:  # then nobody waits
-            self._free -= 1
+        if not self._waiting and not self.locked():
+            self._held += 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(who, deque()).append(turn)
+        self._give()  # there may be more than there were
         try:
             await turn
         except asyncio.CancelledError:
@@ -36,7 +38,11 @@ class Turns:
 
     def release(self) -> None:
         """Give a slot back: to the queue whose turn it is."""
-        while self._waiting:
+        self._held -= 1
+        self._give()
+
+    def _give(self) -> None:
+        while self._waiting and not self.locked():
             who, queue = next(iter(self._waiting.items()))
             turn = queue.popleft()
             if queue:
@@ -44,6 +50,5 @@ class Turns:
             else:
                 del self._waiting[who]
             if not turn.done():  # else it was cancelled
+                self._held += 1
                 turn.set_result(None)
-                return
-        self._free += 1

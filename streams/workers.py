@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -16,9 +16,11 @@ from aiokafka.errors import KafkaError, NoOffsetForPartitionError
 
 from streams.admin import TopicsError
 from streams.errors import FencedError, UncertainError
+from streams.hearing import LOOK_S, Hearing, Place, position, wanted_by_group
 from streams.kafka import Kafka
 from streams.liveness import REPORT_EVERY_S, STALL_S, Liveness
 from streams.lives import Lives
+from streams.membership import Membership
 from streams.messages import Incoming
 from streams.metrics import MeteredOwnership, StageCollector, StageMetrics
 from streams.partition import PartitionWorker
@@ -26,6 +28,8 @@ from streams.stages import FoldStage, MapStage, RangeStage, Stage
 from streams.turns import Turns
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 # The work does not happen in the poll loop, so a long poll interval hides nothing: Liveness watches instead.
 MAX_POLL_INTERVAL_MS = 24 * 3_600_000
@@ -101,8 +105,12 @@ class Workers:
         # Partitions whose reader looks for its place again, and those of them that take no records meanwhile.
         self._moving: dict[TopicPartition, asyncio.Task[None]] = {}
         self._shut: set[TopicPartition] = set()
+        self._hearing = Hearing(self.liveness.now)
+        # The last offsets of what a host fetched and hands on later, and of what came here.
+        self._brought: dict[TopicPartition, int] = {}
+        self._fed: dict[TopicPartition, int] = {}
         # Range stages do one insert a partition at a time; the store takes a few at once.
-        self._slots = Turns(getattr(stage, "concurrency", 8))
+        self._slots = Turns(lambda: getattr(stage, "concurrency", 8))
 
     def epoch(self, topic: str) -> str:
         """The epoch of the topic's life that is read."""
@@ -135,9 +143,14 @@ class Workers:
                 self._move(tp, self._catch_up(tp))
         return []
 
+    def brought(self, tp: TopicPartition, offset: int) -> None:
+        """Everything up to the offset was fetched, and `feed` is to come; of a host that does not feed at once."""
+        self._brought[tp] = offset
+
     def feed(self, record: Incoming) -> None:
         """Hand a record to its partition's worker; start one at the partition's first record."""
         tp = TopicPartition(record.topic, record.partition)
+        self._fed[tp] = record.offset
         if self._closed or tp in self._shut or record.epoch != self.epoch(record.topic):
             return
         if tp not in self._running:
@@ -156,6 +169,9 @@ class Workers:
             task.cancel()
         await asyncio.gather(*moving, return_exceptions=True)
         await self._end(tps)
+        for tp in tps:
+            self._brought.pop(tp, None)
+            self._fed.pop(tp, None)
 
     async def _end(self, tps: Collection[TopicPartition]) -> None:
         ending = [self._running.pop(tp)[1] for tp in tps if tp in self._running]
@@ -174,7 +190,46 @@ class Workers:
             await close()
 
     async def watch(self) -> None:
-        """Keep an eye on the input topics until cancelled: one that vanished comes back as a new life.
+        """Keep an eye on the input topics, and on whether the consumer is brought what they hold, until cancelled."""
+        await asyncio.gather(self._watch_topics(), self._listen())
+
+    async def _listen(self) -> None:
+        """Say so when what is there does not come, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            consumer = self.collector.consumer
+            if consumer is None or self.liveness.generation < 0 or self._closed:
+                continue
+            generation = self.liveness.generation
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    deaf = await self._hear(consumer)
+            except (KafkaError, TimeoutError, OSError) as error:  # the broker is away: there is nothing to hear
+                log.debug("cannot look for the log's ends", stage=self.stage.name, error=repr(error))
+                deaf = self._hearing.look({})
+            except Exception:  # a question that fails is no answer, and no reason to stop watching
+                log.exception("cannot look for the log's ends", stage=self.stage.name)
+                deaf = self._hearing.look({})
+            if self.liveness.generation != generation:
+                deaf = self._hearing.look({})
+            self.liveness.deaf = deaf
+
+    async def _hear(self, consumer: AIOKafkaConsumer) -> str | None:
+        assigned = consumer.assignment()
+        if not assigned:
+            return self._hearing.wanted(await wanted_by_group(self.kafka, self.kafka.group(self.stage.name), consumer))
+        ends = await in_its_loop(consumer, consumer.end_offsets(assigned))
+        # Asked for the place after the end: what was read meanwhile is not missing.
+        return self._hearing.look(
+            {
+                tp: Place(end, position(consumer, tp), self._brought.get(tp), self._fed.get(tp))
+                for tp, end in ends.items()
+                if tp in consumer.assignment() and not self.full(tp)
+            }
+        )
+
+    async def _watch_topics(self) -> None:
+        """A topic that vanished comes back as a new life.
 
         aiokafka would look for it again after its metadata's age, and make it never.
         """
@@ -203,6 +258,7 @@ class Workers:
             return
         try:
             while True:
+                self.liveness.ticked()
                 self.liveness.write(self._status)
                 await asyncio.sleep(REPORT_EVERY_S)
         finally:
@@ -316,11 +372,15 @@ def _log_failure(task: "asyncio.Task[None]") -> None:
         log.error("worker died", worker=task.get_name(), exc_info=task.exception())
 
 
-def group_consumer(kafka: Kafka, stage: Stage) -> AIOKafkaConsumer:
-    """The consumer of a stage's group, as every host wants it; not started."""
+def group_consumer(kafka: Kafka, stage: Stage, member: str | None = None) -> tuple[AIOKafkaConsumer, Membership]:
+    """The consumer of a stage's group, as every host wants it, and its place there; not started.
+
+    `member`: its name in the group, by which it gets its partitions back after a kill; no two may have the same.
+    """
     session = kafka.settings.session_timeout_ms
-    return kafka.consumer(
+    consumer = kafka.consumer(
         group_id=kafka.group(stage.name),
+        group_instance_id=member,
         session_timeout_ms=session,
         heartbeat_interval_ms=session // 4,
         max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
@@ -330,6 +390,15 @@ def group_consumer(kafka: Kafka, stage: Stage) -> AIOKafkaConsumer:
         # A reader that retention overtook must not jump silently: the fetch fails, and `Workers` records the gap.
         auto_offset_reset="none",
     )
+    return consumer, Membership(consumer)
+
+
+async def in_its_loop(consumer: AIOKafkaConsumer, asking: Coroutine[Any, Any, T]) -> T:
+    """Ask the consumer something, in the loop where it lives: Faust's has a thread of its own."""
+    loop = consumer._client._loop  # noqa: SLF001 (aiokafka is pinned below 0.15)
+    if loop is asyncio.get_running_loop():
+        return await asking
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asking, loop))
 
 
 async def still_member(consumer: AIOKafkaConsumer, tp: TopicPartition) -> bool:

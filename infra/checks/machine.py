@@ -13,10 +13,11 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import fsspec
 import psutil
-import pynvml
 
+from infra import gpus
 from infra.checks.check import Check, Context, Status, gigabytes
 from infra.local.process import PortTakenError, require_free_port
+from processors.telemetry.core import report, sentence
 from streams.topics import TOPICS
 
 # ClickHouse, the log, images: a first run takes 1 GB; below it the demo does not fit.
@@ -99,9 +100,10 @@ async def time_zone(context: Context) -> list[Check]:
 
 async def gpu(context: Context) -> list[Check]:
     """Which GPUs NVML sees, said plainly."""
-    found = await asyncio.to_thread(_gpus)
+    seen = await gpus.look()
     settings = context.settings
-    if isinstance(found, str):
+    found = sentence(report(seen))
+    if seen.state != "cards":
         wants = [
             name
             for name, wanted in (
@@ -113,28 +115,13 @@ async def gpu(context: Context) -> list[Check]:
         if wants:
             fix = "install NVIDIA's driver (`nvidia-smi` must answer), or set detector.device and llm.gpu_layers back"
             return [Check("gpu", "failed", f"{found}, but the settings ask for one ({', '.join(wants)})", fix)]
+        if seen.hung:
+            return [Check("gpu", "failed", found, "restart the machine, or unload NVIDIA's driver")]
         return [Check("gpu", "ok", f"{found}: detector and LLM run on the CPU here")]
-    return [Check("gpu", "ok", "; ".join(found))]
-
-
-def _gpus() -> list[str] | str:
-    """A line for each GPU, or why there is none."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return f"no NVIDIA GPU ({error})"
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        return [
-            f"{pynvml.nvmlDeviceGetName(handle)}, {gigabytes(pynvml.nvmlDeviceGetMemoryInfo(handle).free)} free of "
-            f"{gigabytes(pynvml.nvmlDeviceGetMemoryInfo(handle).total)}, driver {driver}"
-            for handle in handles
-        ] or "no NVIDIA GPU (NVML sees none)"
-    except pynvml.NVMLError as error:
-        return f"no NVIDIA GPU that can be asked ({error})"
-    finally:
-        pynvml.nvmlShutdown()
+    if any(card.error for card in seen.cards):
+        fix = "`dmesg | grep Xid` says why; a restart of the machine brings most cards back"
+        return [Check("gpu", "failed", found, fix)]
+    return [Check("gpu", "ok", found)]
 
 
 async def data_dir(context: Context) -> list[Check]:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from infra.checks.check import Check, Context
 from infra.config import Settings
-from infra.models import library
+from infra.models import fits, library, room
 from infra.models.catalogue import Kind
+from infra.models.header import HeaderError
 from processors.detect.settings import ModelError
 
 _GGUF = b"GGUF"
@@ -19,7 +20,7 @@ async def weights(context: Context) -> list[Check]:
     if settings.detector.url is None:
         checks.append(_detector(settings))
     if settings.local_llm:
-        checks.append(_analyst(settings))
+        checks.append(await _analyst(context))
     if "demo" in {settings.detector.model_path, settings.llm.model_path}:
         wrong = await asyncio.to_thread(library.verify_demo)
         fix = "`git checkout -- infra/models/weights`, or install rewatch again"
@@ -46,7 +47,8 @@ def _detector(settings: Settings) -> Check:
     return Check("detector", "ok", name)
 
 
-def _analyst(settings: Settings) -> Check:
+async def _analyst(context: Context) -> Check:
+    settings = context.settings
     name = settings.llm.model_path
     path, problem = _resolved(settings, name, "llm")
     if problem is not None:
@@ -59,7 +61,13 @@ def _analyst(settings: Settings) -> Check:
         return Check("llm model", "failed", f"{path}: {error.strerror}", fix)
     if magic != _GGUF:
         return Check("llm model", "failed", f"{path} is no GGUF file", fix)
-    return Check("llm model", "ok", name)
+    try:
+        fit = await room.fit(settings, path)
+    except HeaderError as error:
+        return Check("llm model", "failed", str(error), fix)
+    if not fit.ok:
+        return Check("llm model", "failed", f"{name}: {fits.why_not(fit)}", fits.ways(fit, room.asked(settings)))
+    return Check("llm model", "ok", f"{name}, {fits.where(fit)}")
 
 
 def _resolved(settings: Settings, name: str, kind: Kind) -> tuple[Path, Check | None]:

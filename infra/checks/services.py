@@ -10,6 +10,7 @@ from aiokafka.errors import KafkaError
 from infra.checks.check import PATIENCE_S, Check, Context, not_running
 from infra.config import Settings
 from processors.analyze.llm import OpenAiLlm
+from processors.analyze.settings import LlmSettings
 from processors.detect.settings import DetectorSettings
 from processors.store.queries import Queries
 from schemas.migrations import MigrationError
@@ -113,25 +114,29 @@ async def llm(context: Context) -> list[Check]:
     settings = context.settings
     if settings.local_llm and "llama" not in context.running:
         return [not_running("llm")]
-    client = OpenAiLlm(settings.llm)
+    return [await _llm(settings.llm, url) for url in settings.llm.urls]
+
+
+async def _llm(settings: LlmSettings, url: str) -> Check:
+    client = OpenAiLlm(settings, url=url)
     try:
         async with asyncio.timeout(PATIENCE_S):
             server = await client.server()
     except (UnavailableError, TimeoutError) as error:
         fix = "start the server, or correct llm.url and llm.api_key (NEMOTRON_URL, NEMOTRON_API_KEY)"
-        return [Check("llm", "failed", str(error) or "no answer", fix)]
+        return Check("llm", "failed", str(error) or "no answer", fix)
     finally:
         await client.close()
-    found = f"{settings.llm.url}, model {server.model}, {server.context_size} tokens, {server.slots or '?'} slots"
-    room = server.context_size - settings.llm.max_completion_tokens
+    found = f"{client.name}, model {server.model}, {server.context_size} tokens, {server.slots or '?'} slots"
+    room = server.context_size - settings.max_completion_tokens
     # A window of one frame renders to about 400 tokens: less, and nothing but the shortest prompt fits.
     if room < 512:
         fix = "start the server with a larger context (llm.context_size), or lower llm.max_completion_tokens"
-        return [Check("llm", "failed", f"{found}: {room} are left for the prompt", fix)]
-    if 0 < server.slots < settings.llm.slots:
-        fix = f"set llm.slots to {server.slots}, or start the server with --parallel {settings.llm.slots}"
-        return [Check("llm", "warning", f"{found}: fewer than llm.slots ({settings.llm.slots})", fix)]
-    return [Check("llm", "ok", found)]
+        return Check("llm", "failed", f"{found}: {room} are left for the prompt", fix)
+    if 0 < server.slots < (settings.slots or 0):
+        fix = f"set llm.slots to {server.slots}, or start the server with --parallel {settings.slots}"
+        return Check("llm", "warning", f"{found}: fewer than llm.slots ({settings.slots})", fix)
+    return Check("llm", "ok", found)
 
 
 async def detector(context: Context) -> list[Check]:

@@ -20,13 +20,15 @@ import typer
 _PATIENCE_S = 0.25
 _EVENTS = 50
 
-STAGES = ("ingest", "gateway", "detect", "batch", "enrich", "analyze", "sink")
+STAGES = ("ingest", "gateway", "detect", "batch", "enrich", "analyze", "sink", "telemetry")
 """`infra.topology.PROCESSES`, whose import takes longer than a completion may; a test holds them together."""
 TABLES = (
     *("frames", "detections", "batches", "contexts", "risk_events", "labels", "alerts", "prompts", "cameras"),
     *("replays", "replay_units", "replay_events", "gpu_metrics", "dead_letters", "dead_letter_status"),
 )
 """`streams.topics.STORED`, for the same reason."""
+PROMPTS = ("default", "deliveries-strict-nights")
+"""Names of `schemas.prompts.shipped()`, for the same reason."""
 KINDS = ("error", "gap", "rejected", "shed")
 
 Completions = Iterator[tuple[str, str]]
@@ -57,6 +59,19 @@ def letters(ctx: typer.Context, incomplete: str) -> Completions:
     for row in _ask(ctx, query):
         if row["origin"].startswith(incomplete):
             yield row["origin"], f"{row['stage']}: {row['message']}"
+
+
+def prompts(ctx: typer.Context, incomplete: str) -> Completions:
+    """Names of prompt versions, or digests where a beginning of one stands there already."""
+    query = (
+        "SELECT digest, name, comment FROM prompts WHERE kind = 'version' ORDER BY created_at DESC LIMIT 1 BY digest"
+    )
+    known = {"active": "in force"} | dict.fromkeys(PROMPTS, "comes with the product")
+    rows = _ask(ctx, query)
+    known |= {row["name"]: row["comment"] for row in reversed(rows) if row["name"]}
+    if incomplete:
+        known |= {row["digest"][:12]: row["name"] for row in rows}
+    yield from ((name, what) for name, what in known.items() if name.startswith(incomplete))
 
 
 def stages(incomplete: str) -> list[str]:

@@ -8,17 +8,18 @@ from typer.core import TyperGroup
 RUN = "Run"
 LOOK = "Look"
 CAMERAS = "Cameras"
+PROMPTS = "Prompts"
 LETTERS = "Dead letters"
 MAINTENANCE = "Maintenance"
 
-PANELS = (RUN, LOOK, CAMERAS, LETTERS, MAINTENANCE)
+PANELS = (RUN, LOOK, CAMERAS, PROMPTS, LETTERS, MAINTENANCE)
 """The panels of `rewatch --help`, in the order of a first day; a command that names none stands before them."""
 
 EXIT_CODES = """[bold]Exit codes[/bold]
   0  yes, done; also an orderly Ctrl-C of `up` and `run`
   1  the answer is no, nothing fits, or a check failed
   2  usage or settings: the message names the option or setting
-  3  a service is away: the broker, ClickHouse, the LLM server
+  3  a service is away: the broker, ClickHouse, the LLM server; of `prompt parse`: the answer needs a repair
   130  Ctrl-C ended it before it was done"""
 
 

@@ -13,7 +13,23 @@ from typing import Annotated
 
 import typer
 
-from infra.cli import audit, cameras, dlq, doctor, events, ingest, migrate, models, rebuild, run, show, sql
+from infra.cli import (
+    ai,
+    audit,
+    cameras,
+    dlq,
+    doctor,
+    events,
+    ingest,
+    migrate,
+    models,
+    prompts,
+    rebuild,
+    run,
+    serve,
+    show,
+    sql,
+)
 from infra.cli import config as config_commands
 from infra.cli.help import EXIT_CODES, HELP_ASKED, Panelled, examples
 from infra.cli.output import NO, USAGE
@@ -36,11 +52,14 @@ app = typer.Typer(
 )
 for commands in (
     run,
+    serve,
+    ai,
     ingest,
     show,
     events,
     sql,
     cameras,
+    prompts,
     dlq,
     doctor,
     audit,

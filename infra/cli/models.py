@@ -144,6 +144,7 @@ def verify(
     epilog=examples(
         "rewatch models use rtdetr_v2_r50vd",
         "rewatch models use nemotron-mini-4b --path /mnt/stick/nemotron-mini-4b",
+        "rewatch models use nemotron-3-nano-30b --anyway     # though it may not fit",
         "rewatch models use demo",
     ),
 )
@@ -151,11 +152,13 @@ def use(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(metavar="MODEL", help="A name of `rewatch models ls`, or `demo`.")],
     path: Annotated[Path | None, typer.Option(help="Where it lies, if it was not pulled here.")] = None,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Also where an LLM does not fit.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Name a model in the settings file, in force at the next start.
 
-    Comments and everything else in it stay.
+    Comments and everything else in it stay. An LLM that does not fit on the card, or in memory, is refused with the
+    arithmetic and the settings that change it.
     """
     from infra.models import shelf
     from processors.detect.settings import ModelError
@@ -165,6 +168,8 @@ def use(
         changes = shelf.DEMO if name == "demo" else shelf.choice(_lookup(name), settings, path)
     except ModelError as error:
         fail(str(error), NO)
+    if name != "demo" and "llm" in changes and settings.local_llm and not anyway:
+        _refuse_what_does_not_fit(settings, changes["llm"])
     file: Path = ctx.meta["config"] or Path("rewatch.yaml")
     shelf.write(file, changes)
     if as_json:
@@ -174,6 +179,23 @@ def use(
         for key, value in values.items():
             typer.echo(f"{file}: {section}.{key} is {value}")
     typer.echo("in force at the next start of `rewatch up`; verdicts name the model that made them")
+
+
+def _refuse_what_does_not_fit(settings: "Settings", changes: "dict[str, Any]") -> None:
+    """Say why the LLM would not fit, as the settings would be with these changes, and end; else nothing."""
+    import asyncio
+
+    from infra.models import fits, room
+    from infra.models.header import HeaderError
+
+    then = settings.model_copy(update={"llm": settings.llm.model_copy(update=changes)})
+    try:
+        fit = asyncio.run(room.fit(then, Path(changes["model_path"])))
+    except (HeaderError, OSError) as error:
+        typer.echo(f"whether it fits cannot be told: {error}; `rewatch models verify` looks closer", err=True)
+        return
+    if not fit.ok:
+        fail(f"{fits.refusal(fit, room.asked(then))}; `--anyway` names it all the same", NO)
 
 
 def _lookup(name: str) -> Model:

@@ -105,11 +105,11 @@ async def collect(settings: "Settings") -> dict[str, Any]:
 
     Returns `topics` (`topic`, `records`, `exact`, `in_clickhouse`: None where it cannot be told), `stages` (`stage`,
     `lag`, `exact`, `caught_up`, `waiting_on`, `workers`), `models` (`role`, `name`, `sha256` and `toy` of those that
-    made the newest records), `processes`, `metrics` (addresses of this machine's
-    processes), `not_taken` (what lies in the inbox and is no camera's), `dead_letters` and `problems`: services that
-    are away. It never raises for those.
+    made the newest records), `processes`, `metrics` (addresses of this machine's processes), `gpu` (see
+    `infra.gpus.told`), `not_taken` (what lies in the inbox and is no camera's), `dead_letters` and `problems`: services
+    that are away. It never raises for those.
     """
-    from infra import topology
+    from infra import gpus, topology
     from infra.local.supervisor import running
     from infra.models.library import demo_digests
     from processors.ingest.inbox import strays
@@ -152,6 +152,7 @@ async def collect(settings: "Settings") -> dict[str, Any]:
             for name, process in processes.items()
         ],
         "metrics": sorted({report["metrics"] for report in seen.reports if report.get("metrics")}),
+        "gpu": await gpus.told(seen.reports),
         "not_taken": strays(settings.ingest.folder) if settings.ingest.folder.enabled else [],
         "dead_letters": seen.letters,
         "problems": [problem._asdict() for problem in seen.problems],
@@ -197,6 +198,8 @@ def _worker(report: "Report") -> dict[str, Any]:
 
 
 def _print_status(state: dict[str, Any], settings: "Settings") -> None:
+    from processors.telemetry.core import sentence
+
     if state["processes"]:
         print_table(
             ("process", "state", "pid", "port", "restarts", "since"),
@@ -222,6 +225,7 @@ def _print_status(state: dict[str, Any], settings: "Settings") -> None:
     for model in state["models"]:
         toy = ", a toy that comes with the demo and guards nothing: `rewatch models ls`" if model["toy"] else ""
         typer.echo(f"{model['role']}: {printable(model['name'])}{toy}")
+    typer.echo(f"gpu: {printable(sentence(state['gpu']))}")
     if state["metrics"]:
         first = state["metrics"][0]
         typer.echo(f"metrics: {first}; {first.removesuffix('metrics')}targets lists those of every process here")

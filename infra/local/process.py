@@ -125,15 +125,16 @@ class Process:
         self._end_group()
         return code
 
-    async def stop(self) -> None:
-        """SIGTERM, then SIGKILL after `stop_timeout`; also ends whatever it left in its process group."""
+    async def stop(self, within: float | None = None) -> None:
+        """SIGTERM, then SIGKILL after `within` or `stop_timeout`; also ends whatever it left in its process group."""
         if self._process is None:
             return
         if self._process.returncode is None:
             with suppress(ProcessLookupError):
                 self._process.terminate()
+                self._process.send_signal(signal.SIGCONT)  # one that is stopped would not hear of it
             try:
-                async with asyncio.timeout(self.spec.stop_timeout):
+                async with asyncio.timeout(self.spec.stop_timeout if within is None else within):
                     await self._process.wait()
             except TimeoutError:
                 with suppress(ProcessLookupError):
@@ -144,13 +145,7 @@ class Process:
     def log_tail(self) -> str:
         """Where the log is and its last lines, for an error message."""
         with suppress(OSError):
-            with self.log_path.open("rb") as log:
-                log.seek(max(0, self.log_path.stat().st_size - 16384))
-                lines = log.read().decode(errors="replace").splitlines()
-            # What its earlier runs said is not why this one ended.
-            starts = [number for number, line in enumerate(lines) if line.startswith(_START)]
-            lines = lines[starts[-1] + 1 if starts else 0 :][-LOG_TAIL_LINES:]
-            return "\n".join([f"The end of {self.log_path}:", *lines])
+            return "\n".join([f"The end of {self.log_path}:", *last_run(self.log_path)[-LOG_TAIL_LINES:]])
         return f"It left no log at {self.log_path}."
 
     def bound_log(self) -> None:
@@ -184,6 +179,19 @@ class Process:
         if group is not None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(group, signal.SIGKILL)
+
+
+def last_run(log: Path, most: int = 16384) -> list[str]:
+    """The lines that the last run wrote to a log, of its last `most` bytes: what earlier runs said is not about it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - most))
+        lines = file.read().decode(errors="replace").splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith(_START)]
+    return lines[starts[-1] + 1 if starts else 0 :]
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -32,7 +32,10 @@ State = Literal["waiting", "starting", "ready", "backing off", "stopping", "stop
 BACKOFF_FIRST_SECONDS = 0.25  # doubles: 0.25, 0.5, 1, 2, 4 s, so five restarts ride out a blip of about 8 s
 BACKOFF_MAX_SECONDS = 30.0
 STEADY_SECONDS = 60.0  # a process that ran this long was well: its earlier failures are forgotten
-WATCH_SECONDS = 5.0  # between two questions to `stalled`: 12 chances to meet "restarted within 60 s"
+WATCH_SECONDS = 2.0  # between two questions to `stalled`, a read of a small file each
+# Whoever stalled may not answer SIGTERM either, and need not: what a killed process leaves is taken over. With 45 s
+# until it is a stall, a second until it is reported and two until it is seen, it is back within the promised 60 s.
+STALLED_STOP_SECONDS = 3.0
 
 
 class AlreadyRunningError(RuntimeError):
@@ -276,8 +279,11 @@ class Supervisor:
             await asyncio.wait({ended, asked, stalled}, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
                 return f"ended with code {ended.result()}"
-            await child.process.stop()
-            return f"stalled: {stalled.result()}" if stalled.done() else None
+            if not stalled.done():
+                await child.process.stop()
+                return None
+            await child.process.stop(STALLED_STOP_SECONDS)
+            return f"stalled: {stalled.result()}"
         finally:
             for task in (ended, asked, stalled):
                 task.cancel()

@@ -142,18 +142,33 @@ def fits(shape: Shape, asked: Asked, room: Room) -> Fit:
     return Fit((_ram(shape, asked, room, 0),), 0, slots)
 
 
+def why_not(fit: Fit) -> str:
+    """The arithmetic of each place that has no room."""
+    return "; ".join(f"it does not fit: {need}" for need in fit.needs if need.total > need.free)
+
+
+def ways(fit: Fit, asked: Asked) -> str:
+    """The settings that change it."""
+    found = [f"lower llm.context_size ({asked.context})"] if any("KV cache" in n.summands for n in fit.needs) else []
+    if asked.gpu_layers > 0 and fit.gpu_layers:
+        found.append(f"lower llm.gpu_layers ({asked.gpu_layers} of {fit.of}; -1 takes as many as fit)")
+    elif asked.gpu_layers == 0:
+        found.append("raise llm.gpu_layers (0) where there is a card")
+    found.append("take a smaller quantisation (`rewatch models pull MODEL --quant Q3_K_M`)")
+    return ", ".join([*found, "or a smaller model (`rewatch models ls`), or set llm.url to a server elsewhere"])
+
+
 def refusal(fit: Fit, asked: Asked) -> str:
-    """Why it does not fit, with the arithmetic and the settings that change it; lines for people."""
-    lines = [f"it does not fit: {need}" for need in fit.needs if need.total > need.free]
-    layers = f"llm.gpu_layers ({asked.gpu_layers}) keeps {fit.gpu_layers} of {fit.of} layers on the card"
-    ways = [
-        f"a smaller llm.context_size ({asked.context})",
-        *([f"fewer llm.gpu_layers: {layers}, -1 as many as fit"] if asked.gpu_layers > 0 and fit.gpu_layers else []),
-        "a smaller quantisation (`rewatch models pull MODEL --quant Q3_K_M`)",
-        "a smaller model (`rewatch models ls`)",
-        "llm.url of a server elsewhere",
-    ]
-    return "\n".join([*lines, f"what changes it: {'; '.join(ways)}"])
+    """Why it does not fit, and what changes that."""
+    return f"{why_not(fit)}; {ways(fit, asked)}"
+
+
+def where(fit: Fit) -> str:
+    """What lies where, for people."""
+    if not fit.gpu_layers:
+        return f"in {fit.needs[0].place}, {_size(fit.needs[0].total)}"
+    card = fit.needs[0]
+    return f"{fit.gpu_layers} of {fit.of} layers on {card.place}, {_size(card.total)} of {_size(card.free)} free"
 
 
 def _card(shape: Shape, asked: Asked, room: Room, number: int) -> Need:

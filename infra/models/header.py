@@ -69,19 +69,19 @@ class _Cursor:
         if self._data[:4] != _MAGIC:
             raise ValueError("it does not begin with GGUF")
         self._at = 4
-        version, tensors, settings = self._take("I"), self._take("Q"), self._take("Q")
+        version, tensors, settings = self._whole("I"), self._whole("Q"), self._whole("Q")
         if version not in {2, 3}:
             raise ValueError(f"version {version}; 2 and 3 are known")
         values: dict[str, Value] = {}
         for _ in range(settings):
             name = self._text()
-            self._value(name, int(self._take("I")), values)
+            self._value(name, self._whole("I"), values)
         starts: dict[str, int] = {}
         for _ in range(tensors):
             name = self._text()
-            dimensions = int(self._take("I"))
+            dimensions = self._whole("I")
             self._at += 8 * dimensions + 4  # its shape, and its type
-            starts[name] = int(self._take("Q"))
+            starts[name] = self._whole("Q")
         alignment = values.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0:
             raise ValueError(f"general.alignment is {alignment!r}")
@@ -97,8 +97,11 @@ class _Cursor:
         self._at += struct.calcsize(f"<{kind}")
         return value  # type: ignore[no-any-return]
 
+    def _whole(self, kind: str) -> int:
+        return int(self._take(kind))
+
     def _text(self) -> str:
-        length = int(self._take("Q"))
+        length = self._whole("Q")
         found = self._data[self._at : self._at + length]
         if len(found) < length:
             raise ValueError("it is cut off")
@@ -111,7 +114,7 @@ class _Cursor:
         elif kind != _ARRAY:
             values[name] = self._take(_SCALARS[kind])
         else:
-            item, length = int(self._take("I")), int(self._take("Q"))
+            item, length = self._whole("I"), self._whole("Q")
             values[f"{name}.length"] = length
             if item == _STRING:
                 self._skip_texts(length)

@@ -29,7 +29,9 @@ async def fit(settings: Settings, model: Path) -> Fit:
         HeaderError: it is no whole GGUF file.
         OSError: it cannot be read.
     """
-    header, ours = await asyncio.gather(asyncio.to_thread(read, model), asyncio.to_thread(_ours, settings.data_dir))
+    header, ours = await asyncio.gather(
+        asyncio.to_thread(read, model), asyncio.to_thread(held, settings.data_dir, "llama")
+    )
     seen = await gpus.look() if settings.llm.gpu_layers else Seen()
     return fits(shape_of(header), asked(settings), room(seen, free_memory(), ours))
 
@@ -61,9 +63,9 @@ def free_memory(limit: Path = _LIMIT) -> int:
     return min(free, int(text)) if text.isdigit() else free
 
 
-def _ours(data_dir: Path) -> dict[int, int]:
-    """Resident bytes of the embedded server that runs on this data directory now, by process id."""
-    pid = running(data_dir).get("llama", {}).get("pid")
+def held(data_dir: Path, name: str) -> dict[int, int]:
+    """Resident bytes of a process that a supervisor runs on this data directory now, and of its children, by id."""
+    pid = running(data_dir).get(name, {}).get("pid")
     found: dict[int, int] = {}
     if pid is not None:
         try:

@@ -1,4 +1,4 @@
-"""What analyze tells the LLM of a window, and what it makes of the answer. Pure: clock and server lie elsewhere."""
+"""What analyze tells the LLM of a window, and the event that a verdict makes. Pure: clock and server lie elsewhere."""
 
 import json
 import math
@@ -6,14 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import chain, pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-import jsonschema
-import msgspec
-
+from processors.analyze.answers import Verdict, risk_level
 from schemas import ids
-from schemas.prompts import Message, PromptVersion
+from schemas.prompts import Message, PromptVersion, fence
 from schemas.records import Batch, BatchFrame, Context, ContextSection, RiskEvent, SeenBox
 
 VEHICLES = ("bicycle", "car", "motorcycle", "bus", "truck")
@@ -32,25 +30,6 @@ APPROACHES_FROM = 1.5
 CHAT_OVERHEAD = 64
 """Tokens that a chat template may add to one message (role marks, separators, a notice of its own): those of Nemotron,
 Llama, Qwen and Mistral add 4 to 30."""
-
-_LEVELS = ((85, "critical"), (60, "high"), (30, "medium"), (0, "low"))
-
-Action = Literal["none", "review", "notify", "call"]
-
-
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What the model said, checked."""
-
-    reasoning: str
-    risk_factors: tuple[str, ...]
-    entities: tuple[str, ...]
-    summary: str
-    recommended_action: Action
-    risk_score: int
-
-
-class UnusableError(ValueError):
-    """This completion is no verdict; the message is written for the model that is asked to repair it."""
 
 
 class Rendered(NamedTuple):
@@ -77,17 +56,15 @@ class Answered(NamedTuple):
     inference_ms: float
 
 
-def risk_level(score: int) -> str:
-    """The level of a score of 0..100: low, medium (from 30), high (from 60), critical (from 85)."""
-    return next(level for least, level in _LEVELS if score >= least)
-
-
 def variables(context: Context) -> dict[str, Any]:
     """What a prompt's templates can name.
 
     camera (its name in one word), camera_id, camera_name, time (local HH:MM at the window's start), day_or_night,
     weekday, started_at (local, ISO 8601), duration_s, frames, `seen` (a list of label, count, score), `moves` (label
     and how, or None), `sections` (a list of name and text).
+
+    What strangers wrote is fenced (`schemas.prompts.fence`): names and labels are a word or few, camera_name and the
+    sections' texts stand in quotes. A template says what they are; none of them can end its line, or begin a turn.
 
     Raises:
         ValueError: the window has no frames, or its time zone is none, or its times are beyond the calendar.
@@ -105,18 +82,18 @@ def variables(context: Context) -> dict[str, Any]:
     seen = _seen(boxes)
     return {
         # One word, as ids are written: "Front door" reads as front-door, and no name can begin a new line.
-        "camera": "-".join(context.camera_name.lower().split()) or context.camera_id,
-        "camera_id": context.camera_id,
-        "camera_name": context.camera_name,
+        "camera": fence.word(context.camera_name) or fence.word(context.camera_id),
+        "camera_id": fence.word(context.camera_id),
+        "camera_name": fence.name(context.camera_name),
         "time": f"{local:%H:%M}",
         "day_or_night": "night" if local.hour >= NIGHT_FROM or local.hour < NIGHT_TO else "day",
         "weekday": f"{local:%A}",
         "started_at": local.isoformat(timespec="seconds"),
         "duration_s": math.floor((batch.ended_at - batch.started_at) / 1000 + 0.5),
         "frames": len(batch.frames),
-        "seen": seen,
-        "moves": {"label": seen[0]["label"], "how": _moves(boxes, str(seen[0]["label"]))} if seen else None,
-        "sections": [{"name": section.name, "text": section.text} for section in context.sections],
+        "seen": [thing | {"label": fence.label(thing["label"])} for thing in seen],
+        "moves": {"label": fence.label(seen[0]["label"]), "how": _moves(boxes, seen[0]["label"])} if seen else None,
+        "sections": [_told(section) for section in context.sections],
     }
 
 
@@ -133,7 +110,7 @@ def renderings(context: Context, prompt: PromptVersion) -> Iterator[Rendered]:
     kept = list(context.sections)
     dropped: list[str] = []
     while True:
-        told["sections"] = [{"name": section.name, "text": section.text} for section in kept]
+        told["sections"] = [_told(section) for section in kept]
         yield Rendered(prompt.messages(told), tuple(dropped))
         if not kept:
             return
@@ -145,38 +122,6 @@ def renderings(context: Context, prompt: PromptVersion) -> Iterator[Rendered]:
 def token_bound(messages: Sequence[Message]) -> int:
     """A count of tokens that no tokenizer exceeds: byte-level and byte-fallback ones spend at most one a byte."""
     return sum(len(message.content.encode("utf-8", "replace")) + CHAT_OVERHEAD for message in messages)
-
-
-def parse(text: str, prompt: PromptVersion, *, cut_off: bool = False) -> Verdict:
-    """The verdict in a completion.
-
-    Nothing is guessed or clamped: a score of 101 is no verdict.
-
-    Raises:
-        UnusableError: it is not JSON, or not what the schema asks for, or it was cut off.
-    """
-    if cut_off:
-        raise UnusableError(f"it was cut off after {len(text)} characters; be much shorter.")
-    try:
-        value = json.loads(text)
-        jsonschema_error = jsonschema.exceptions.best_match(prompt.validator.iter_errors(value))
-        if jsonschema_error is not None:
-            raise UnusableError(f"at {jsonschema_error.json_path}: {jsonschema_error.message[:300]}.")
-        # JSON Schema counts 46.0 as an integer; whatever else a version's schema lets through is refused here.
-        verdict = msgspec.convert(value, Verdict, strict=True)
-        for part in (verdict.reasoning, verdict.summary, *verdict.risk_factors, *verdict.entities):
-            part.encode()  # JSON can escape half a surrogate pair, which no UTF-8 can hold
-    except json.JSONDecodeError as error:
-        raise UnusableError(f"it is not JSON: {error}.") from error
-    except RecursionError as error:
-        raise UnusableError("it is nested too deeply.") from error
-    except (msgspec.ValidationError, UnicodeEncodeError, ValueError) as error:
-        if isinstance(error, UnusableError):
-            raise
-        raise UnusableError(f"{error}.") from error
-    if not 0 <= verdict.risk_score <= 100:
-        raise UnusableError(f"risk_score is {verdict.risk_score}, not between 0 and 100.")
-    return verdict
 
 
 def risk_event(
@@ -289,6 +234,10 @@ def _feet(frame: BatchFrame, box: SeenBox) -> tuple[float, float]:
 
 def _area(frame: BatchFrame, box: SeenBox) -> float:
     return box.width * box.height / ((frame.width * frame.height) or 1)
+
+
+def _told(section: ContextSection) -> dict[str, str]:
+    return {"name": fence.word(section.name), "text": fence.quoted(section.text)}
 
 
 def _priority(section: ContextSection, prompt: PromptVersion) -> int:

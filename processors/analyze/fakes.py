@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from processors.analyze.core import token_bound
-from processors.analyze.llm import Completion, Server
+from processors.analyze.port import Completion, Heard, Server
 from schemas.prompts import Message
 
 Script = Callable[[Sequence[Message]], Awaitable[str | Completion]]
@@ -13,7 +13,17 @@ Script = Callable[[Sequence[Message]], Awaitable[str | Completion]]
 class FakeLlm:
     """Answers by a coroutine function of the messages, which may raise or never return."""
 
-    def __init__(self, script: Script, *, context_size: int = 4096, tokens_per_byte: float = 1.0) -> None:
+    def __init__(
+        self,
+        script: Script,
+        *,
+        context_size: int = 4096,
+        tokens_per_byte: float = 1.0,
+        slots: int = 0,
+        name: str = "fake",
+    ) -> None:
+        self.name = name
+        self.slots = slots
         self._script = script
         self._context_size = context_size
         self._tokens_per_byte = tokens_per_byte
@@ -24,7 +34,7 @@ class FakeLlm:
 
     async def server(self) -> Server:
         """A server of one invented model."""
-        return Server("fake", "f" * 64, self._context_size, 2, "fake-1")
+        return Server("fake", "f" * 64, self._context_size, self.slots, "fake-1")
 
     async def count_tokens(self, messages: Sequence[Message]) -> int:
         """So many tokens a byte."""
@@ -35,6 +45,7 @@ class FakeLlm:
         messages: Sequence[Message],
         schema: Mapping[str, Any],
         parameters: Mapping[str, Any],
+        heard: Heard = lambda _: None,
     ) -> Completion:
         """What the script says."""
         del schema
@@ -46,6 +57,7 @@ class FakeLlm:
             said = await self._script(messages)
         finally:
             self.running -= 1
+        heard(said.text if isinstance(said, Completion) else said)
         if isinstance(said, Completion):
             return said
         return Completion(

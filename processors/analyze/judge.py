@@ -1,28 +1,38 @@
 """Judging one window: a slot, a deadline, one repair, and whose fault it is when nothing usable comes back.
 
-An item is blamed only for an attempt that was followed by a good canary: a fixed window, judged with the same
-prompt, schema, limits and deadline. While the canary fails, everything waits. After a failed attempt an item is
-tried again alone, so that a server that dies or hangs then was killed by nobody else.
+An item is blamed only for an attempt that was followed by a good canary on the same server: a fixed window, judged
+with the same prompt, schema, limits and deadline. After a failed attempt an item is tried again elsewhere if it can
+be, and with a server to itself, so that one that dies or hangs then was killed by nobody else.
+
+A server whose canary fails is set aside (`endpoints`), and not the item: it goes on with another server, and what it
+failed in is neither held against it nor forgotten. When that server is well again, it counts: or an item that kills
+every server it meets would go round for ever, each time while the last one is being restarted. For the same reason
+an item that failed three times waits for the canaries of those servers, whatever others there are. While no server
+judges the canary, everything waits.
 """
 
 import asyncio
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import structlog
 
-from processors.analyze import core
-from processors.analyze.core import Answered, Rendered, UnusableError, Verdict
-from processors.analyze.gate import SlotGate
-from processors.analyze.llm import AttemptError, Completion, Llm
+from processors.analyze import answers, core
+from processors.analyze.answers import UnusableError, Verdict
+from processors.analyze.core import Answered, Rendered
+from processors.analyze.endpoints import Endpoint, Endpoints
+from processors.analyze.fitting import fit
+from processors.analyze.gate import ClosedError, Held, Priority
 from processors.analyze.metrics import AnalyzeMetrics
-from processors.analyze.settings import LlmSettings
+from processors.analyze.port import AttemptError, Completion, Llm
+from processors.analyze.settings import SLOTS, LlmSettings
 from schemas import ids
-from schemas.prompts import PromptError, PromptVersion
+from schemas.prompts import Message, PromptError, PromptVersion
 from schemas.records import Batch, BatchFrame, Context, RiskEvent, SeenBox
 from streams.errors import UnavailableError, UnprocessableError
 
@@ -33,6 +43,16 @@ ATTEMPTS = 3
 
 _FINAL = frozenset({"unusable", "refused", "prompt"})
 """What the same request again would end in as well: an answer that its repair did not mend, a 4xx, a template."""
+
+_AGAIN = 1 / 20
+"""Which share of its deadline an item has again after it hung. Others' results may wait for its own, so the deadline
+covers all of its attempts: the first has what these leave. One that was hung by chance needs what a window needs."""
+
+_CANARIES = 5
+"""Where a twentieth of the deadline is too short for that, it has so many times what the canary has just taken."""
+
+_SPIKE_S = 0.2
+"""Nor is it less than the scheduler may take on a busy machine."""
 
 _CASES = 10_000
 """Items remembered that failed and have no result yet. Those in hand are a few dozen; others went to other members."""
@@ -87,8 +107,9 @@ class Failure(NamedTuple):
     kind: str
     message: str
     raw: str
+    endpoint: Endpoint
     at: int
-    """When it was known, on the judge's own counter: only a canary that began later speaks about it."""
+    """When it was known, as `Endpoints.tick` counts: only a canary that began later speaks about it."""
 
 
 @dataclass
@@ -96,7 +117,13 @@ class _Case:
     """What is held against one item."""
 
     blamed: list[Failure] = field(default_factory=list)
-    pending: Failure | None = None
+    pending: list[Failure] = field(default_factory=list)
+    """Not proven yet: the server's canary has not been good since."""
+
+    def untried(self, endpoints: Sequence[Endpoint]) -> Sequence[Endpoint]:
+        """Those of them where it has not failed; where there are none, all."""
+        failed = [failure.endpoint for failure in (*self.blamed, *self.pending)]
+        return [endpoint for endpoint in endpoints if endpoint not in failed] or endpoints
 
     @property
     def closed(self) -> bool:
@@ -104,49 +131,55 @@ class _Case:
         return len(self.blamed) >= ATTEMPTS or any(failure.kind in _FINAL for failure in self.blamed)
 
 
-class _Canary(NamedTuple):
-    """How the last canary of a prompt went."""
-
-    began: int
-    failure: str | None
-
-
 class _AttemptFailedError(Exception):
-    def __init__(self, kind: str, message: str, raw: str = "") -> None:
+    def __init__(self, endpoint: Endpoint, kind: str, message: str, raw: str = "") -> None:
         super().__init__(message)
+        self.endpoint = endpoint
         self.kind = kind
         self.raw = raw
 
 
 class Judge:
-    """Turns contexts into risk events by an LLM. `clock` gives seconds, monotonic; `wall` ms since the epoch."""
+    """Turns contexts into risk events by one LLM server or more.
+
+    `clock` gives seconds, monotonic; `wall` milliseconds since the Unix epoch.
+    """
 
     def __init__(
         self,
-        llm: Llm,
+        llms: Sequence[Llm],
         settings: LlmSettings,
         *,
         conditions: Mapping[str, str] | None = None,
         wall: Callable[[], int] = lambda: int(time.time() * 1000),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._llm = llm
         self._settings = settings
         self._conditions = dict(conditions or {})
         self._wall = wall
-        self.gate = SlotGate(settings.slots, clock)
-        self.metrics = AnalyzeMetrics(self.gate)
+        self._clock = clock
+        self._endpoints = Endpoints(llms, self._slots, self._canary, clock)
+        self.gate = self._endpoints.gate
+        self.metrics = AnalyzeMetrics(self._endpoints)
         self._cases: OrderedDict[str, _Case] = OrderedDict()
-        self._counter = 0
-        self._canaries: dict[str, _Canary] = {}
-        self._canary_lock = asyncio.Lock()
 
-    async def judge(self, context: Context, prompt: PromptVersion, *, key: str, run: str = ids.LIVE) -> RiskEvent:
+    async def judge(
+        self,
+        context: Context,
+        prompt: PromptVersion,
+        *,
+        key: str,
+        run: str = ids.LIVE,
+        priority: Priority = Priority.LIVE,
+    ) -> RiskEvent:
         """The window's event. `key` names the item across calls: what was tried in vain is counted under it.
+
+        Of priority `REPLAY`, an attempt may be cancelled for live work: it begins anew when there is a slot, with its
+        whole deadline, and that is held against nobody.
 
         Raises:
             UnprocessableError: it was given its chances while the server was well; `detail` says what is known.
-            UnavailableError: the server is away, or does not even judge the canary.
+            UnavailableError: the server is away, or does not even judge the canary: with several servers, all of them.
         """
         try:
             core.variables(context)
@@ -154,52 +187,112 @@ class Judge:
             raise UnprocessableError(str(error), camera_id=context.camera_id) from error
         case = self._cases.get(key) or _Case()
         while True:
-            if case.pending is not None:
-                await self._prove(prompt, since=case.pending.at)
-                case.blamed.append(case.pending)
-                case.pending = None
-            elif prompt.digest in self._canaries and self._canaries[prompt.digest].failure is not None:
-                await self._prove(prompt, since=self._tick())
+            await self._settle(case, prompt)
             if case.closed:
                 self._cases.pop(key, None)
                 raise self._give_up(case, context, prompt)
-            # Before the slot: reading 30 GB of weights for their digest takes a minute, once, and no item's time.
-            await self._llm.server()
+            # This asks servers that are not known yet, before the slot: reading 30 GB of weights for their digest takes
+            # a minute, once, and no item's time.
+            well = await self._endpoints.find(prompt)
             try:
-                async with self.gate.hold(alone=bool(case.blamed)) as queued_ms:
-                    verdict, answered = await self._attempt(context, prompt)
+                verdict, answered = await self.gate.run(
+                    partial(self._attempt, context, prompt, case),
+                    among=[endpoint.name for endpoint in case.untried(well)],
+                    priority=priority,
+                    alone=bool(case.blamed),
+                    prefix=prompt.digest,
+                )
+            except ClosedError:
+                continue
+            except UnavailableError:
+                if not self._endpoints.well(prompt):
+                    raise
             except _AttemptFailedError as error:
-                case.pending = Failure(error.kind, str(error), error.raw[:_RAW_CHARS], self._tick())
+                failure = Failure(
+                    error.kind, str(error), error.raw[:_RAW_CHARS], error.endpoint, self._endpoints.tick()
+                )
+                case.pending.append(failure)
                 self._remember(key, case)
                 self.metrics.failures.add(error.kind)
-                log.warning("attempt failed", item=key, kind=error.kind, error=str(error), blamed=len(case.blamed))
+                log.warning(
+                    "attempt failed",
+                    item=key,
+                    kind=error.kind,
+                    error=str(error),
+                    endpoint=error.endpoint.name,
+                    blamed=len(case.blamed),
+                )
             else:
                 self._cases.pop(key, None)
                 return core.risk_event(
                     context,
                     prompt,
                     verdict,
-                    answered._replace(queued_ms=queued_ms),
+                    answered,
                     judged_at=self._wall(),
                     run=run,
                 )
 
-    async def _attempt(self, context: Context, prompt: PromptVersion) -> tuple[Verdict, Answered]:
-        """One attempt within the deadline. Called with a slot in hand."""
-        raw: list[str] = []
-        try:
-            async with asyncio.timeout(self._settings.deadline_s):
-                return await self._ask(context, prompt, raw)
-        except TimeoutError as error:
-            text = f"no answer within {self._settings.deadline_s:g} s (llm.deadline_s)"
-            raise _AttemptFailedError("hung", text, "\n".join(raw)) from error
-        except AttemptError as error:
-            raise _AttemptFailedError(error.kind, str(error), "\n".join([*raw, error.raw])) from error
-        except (PromptError, ValueError) as error:
-            raise _AttemptFailedError("unusable" if raw else "prompt", str(error), "\n".join(raw)) from error
+    async def close(self) -> None:
+        """Let go of the servers."""
+        await self._endpoints.close()
 
-    async def _ask(self, context: Context, prompt: PromptVersion, raw: list[str]) -> tuple[Verdict, Answered]:
-        server = await self._llm.server()
+    async def _settle(self, case: _Case, prompt: PromptVersion) -> None:
+        """Blame the item for what it failed in, where the server's canary is good.
+
+        Raises:
+            UnavailableError: it is not, and there is no other server to try, or it failed often enough.
+        """
+        for failure in tuple(case.pending):
+            try:
+                await self._endpoints.prove(failure.endpoint, prompt, since=failure.at)
+            except UnavailableError:
+                if not self._endpoints.well(prompt) or len(case.blamed) + len(case.pending) >= ATTEMPTS:
+                    raise
+            else:
+                case.pending.remove(failure)
+                case.blamed.append(failure)
+
+    async def _attempt(
+        self, context: Context, prompt: PromptVersion, case: _Case, held: Held
+    ) -> tuple[Verdict, Answered]:
+        """One attempt within its time, on the server whose slot is held."""
+        endpoint = self._endpoints.named(held.place)
+        limit_s = self._limit_s(case, prompt, endpoint)
+        heard: list[str] = []
+        try:
+            async with asyncio.timeout(limit_s):
+                verdict, answered = await self._ask(endpoint, context, prompt, heard)
+        except UnavailableError as error:
+            self._endpoints.set_aside(endpoint, error)
+            raise
+        except TimeoutError as error:
+            text = f"no answer within {limit_s:.3g} s (llm.deadline_s covers all attempts)"
+            raise _AttemptFailedError(endpoint, "hung", text, "".join(heard)) from error
+        except AttemptError as error:
+            raw = "\n".join(filter(None, ("".join(heard), error.raw)))
+            raise _AttemptFailedError(endpoint, error.kind, str(error), raw) from error
+        except (PromptError, ValueError) as error:
+            kind = "unusable" if heard else "prompt"
+            raise _AttemptFailedError(endpoint, kind, str(error), "".join(heard)) from error
+        return verdict, answered._replace(queued_ms=held.queued_ms)
+
+    def _limit_s(self, case: _Case, prompt: PromptVersion, endpoint: Endpoint) -> float:
+        """How long the item's next attempt may take."""
+        deadline_s = self._settings.deadline_s
+        first = deadline_s * (1 - (ATTEMPTS - 1) * _AGAIN)
+        if all(failure.kind != "hung" for failure in case.blamed):
+            return first
+        canary = endpoint.canaries.get(prompt.digest)  # none yet where it hung elsewhere, or with another prompt
+        needs_s = _CANARIES * canary.took_s if canary is not None else first
+        return min(first, max(deadline_s * _AGAIN, needs_s, _SPIKE_S))
+
+    async def _ask(
+        self, endpoint: Endpoint, context: Context, prompt: PromptVersion, heard: list[str]
+    ) -> tuple[Verdict, Answered]:
+        """Ask, and once for a repair. `heard` gathers what the model said."""
+        llm = endpoint.llm
+        server = await self._endpoints.server(endpoint)
         parameters = {
             "seed": self._settings.seed,
             "max_tokens": self._settings.max_completion_tokens,
@@ -207,22 +300,24 @@ class Judge:
             **prompt.sampling,
         }
         budget = server.context_size - int(parameters["max_tokens"])
-        rendered = await self._render(context, prompt, budget)
-        completion = await self._llm.complete(rendered.messages, prompt.schema, parameters)
-        raw.append(completion.text)
+        rendered = await fit(context, prompt, budget, llm.count_tokens)
+        completion = await llm.complete(rendered.messages, prompt.schema, parameters, heard.append)
+        heard.append("")  # an empty answer is one
         spent = completion.inference_ms
         repaired = False
         try:
-            verdict = core.parse(completion.text, prompt, cut_off=completion.cut_off)
+            verdict, forgiven = answers.parse(completion.text, prompt, cut_off=completion.cut_off)
         except UnusableError as error:
             log.info("repair", error=str(error))
-            rendered, completion = await self._repair(
-                rendered, prompt, completion, error=str(error), budget=budget, parameters=parameters
-            )
-            raw.append(completion.text)
+            messages = await self._repair(llm, rendered, prompt, completion, error=str(error), budget=budget)
+            heard.append("\n")
+            completion = await llm.complete(messages, prompt.schema, parameters, heard.append)
+            rendered = rendered._replace(messages=messages)
             spent += completion.inference_ms
-            verdict = core.parse(completion.text, prompt, cut_off=completion.cut_off)
+            verdict, forgiven = answers.parse(completion.text, prompt, cut_off=completion.cut_off)
             repaired = True
+        for what in forgiven:
+            self.metrics.forgiven.add(what)
         return verdict, Answered(
             rendered=rendered,
             raw=completion.text,
@@ -231,7 +326,8 @@ class Judge:
             model_digest=server.model_digest,
             parameters=parameters,
             conditions={
-                "slots": str(server.slots or self._settings.slots),
+                "endpoint": endpoint.name,
+                "slots": str(server.slots or self._slots(0)),
                 "context_size": str(server.context_size),
                 "prompt_cache": "on" if parameters.get("cache_prompt", True) else "off",
                 "seed": str(parameters["seed"]),
@@ -245,81 +341,44 @@ class Judge:
             inference_ms=spent,
         )
 
-    async def _render(self, context: Context, prompt: PromptVersion, budget: int) -> Rendered:
-        size = 0
-        for rendered in core.renderings(context, prompt):
-            # A token holds a byte at least: most windows fit by that bound alone, and the server need not count.
-            if core.token_bound(rendered.messages) <= budget:
-                return rendered
-            size = await self._llm.count_tokens(rendered.messages)
-            if size <= budget:
-                return rendered
-        raise PromptError(
-            f"the prompt has {size} tokens without any section, and {budget} are left of the context beside the "
-            f"answer: raise llm.context_size, or lower llm.max_completion_tokens",
-        )
-
     async def _repair(
-        self,
-        rendered: Rendered,
-        prompt: PromptVersion,
-        completion: Completion,
-        *,
-        error: str,
-        budget: int,
-        parameters: Mapping[str, Any],
-    ) -> tuple[Rendered, Completion]:
-        """Send the answer back with what is wrong with it; as much of it as the context has room for."""
+        self, llm: Llm, rendered: Rendered, prompt: PromptVersion, completion: Completion, *, error: str, budget: int
+    ) -> tuple[Message, ...]:
+        """The answer sent back with what is wrong with it; as much of it as the context has room for."""
         kept = completion.text[:_REPAIR_CHARS]
         while True:
             messages = prompt.repair(rendered.messages, kept, error)
-            if core.token_bound(messages) <= budget or await self._llm.count_tokens(messages) <= budget:
-                break
+            if core.token_bound(messages) <= budget or await llm.count_tokens(messages) <= budget:
+                return messages
             if not kept:
                 raise UnusableError(f"{error} (and the context has no room for a repair)")
             kept = kept[: len(kept) // 2]
-        again = await self._llm.complete(messages, prompt.schema, parameters)
-        return rendered._replace(messages=messages), again
 
-    async def _prove(self, prompt: PromptVersion, since: int) -> None:
-        """Return once a canary that began after `since` was good. Who asks at the same time shares one.
+    async def _canary(self, endpoint: Endpoint, prompt: PromptVersion) -> tuple[str | None, float]:
+        """Judge the stored window there; why it failed, or None, and how long it took, seconds."""
 
-        Raises:
-            UnavailableError: it failed.
-        """
-        asked = self._tick()
-        async with self._canary_lock:
-            last = self._canaries.get(prompt.digest)
-            if last is None or last.began <= (since if last.failure is None else asked):
-                began = self._tick()
-                last = _Canary(began, await self._canary(prompt))
-                self._canaries[prompt.digest] = last
-        if last.failure is not None:
-            raise UnavailableError(
-                "llm",
-                f"{self._settings.url} (llm.url) does not judge the canary with prompt {prompt.name or prompt.digest}: "
-                f"{last.failure}",
-            )
+        async def judge(held: Held) -> float:
+            since = self._clock()
+            await self._attempt(CANARY, prompt, _Case(), held)
+            return self._clock() - since
 
-    async def _canary(self, prompt: PromptVersion) -> str | None:
-        """Judge the stored window; why it failed, or None."""
         try:
-            async with self.gate.hold():
-                await self._attempt(CANARY, prompt)
-        except (_AttemptFailedError, UnavailableError) as error:
-            log.warning("canary failed", prompt=prompt.digest, error=str(error))
-            return str(error)
-        return None
+            await self._endpoints.server(endpoint)
+            return None, await self.gate.run(judge, among=[endpoint.name], prefix=prompt.digest)
+        except (_AttemptFailedError, UnavailableError, ClosedError) as error:
+            log.warning("canary failed", endpoint=endpoint.name, prompt=prompt.digest, error=str(error))
+            return str(error), 0.0
+
+    def _slots(self, told: int) -> int:
+        """Requests at once to a server that tells of so many slots; 0: it tells nothing."""
+        most = self._settings.slots
+        return min(told, most) if told and most else told or most or SLOTS
 
     def _remember(self, key: str, case: _Case) -> None:
         self._cases[key] = case
         self._cases.move_to_end(key)
         while len(self._cases) > _CASES:
             self._cases.popitem(last=False)
-
-    def _tick(self) -> int:
-        self._counter += 1
-        return self._counter
 
     def _give_up(self, case: _Case, context: Context, prompt: PromptVersion) -> UnprocessableError:
         last = case.blamed[-1]
@@ -333,7 +392,10 @@ class Judge:
             detail=json.dumps(
                 {
                     "batch_id": context.batch_id,
-                    "attempts": [{"kind": f.kind, "message": f.message, "raw": f.raw} for f in case.blamed],
+                    "attempts": [
+                        {"kind": f.kind, "message": f.message, "endpoint": f.endpoint.name, "raw": f.raw}
+                        for f in case.blamed
+                    ],
                     "prompt_digest": prompt.digest,
                     "rendered_prompt": asked,
                 },

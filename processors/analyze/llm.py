@@ -1,137 +1,90 @@
-"""The LLM behind a port, and its implementation over an OpenAI-compatible HTTP server (llama.cpp's, vLLM's)."""
+"""The LLM over HTTP: any server of OpenAI's chat completions (llama.cpp's, vLLM, Ollama, LM Studio).
+
+What each tells of itself:
+
+| server | model | context | slots | build | counts tokens |
+|---|---|---|---|---|---|
+| llama-server | /v1/models | /props, per slot | /props | /props | /apply-template, /tokenize |
+| vLLM | /v1/models | /v1/models (`max_model_len`) | no | /version | no |
+| Ollama | /v1/models: all that it has | /api/ps, once the model is loaded | no | /api/version | no |
+| LM Studio | /v1/models: all that it has | /api/v0/models, of those loaded | no | no | no |
+
+What is not told is taken from the settings: `llm.model`, `llm.context_size`, `llm.slots`.
+"""
 
 import asyncio
-import hashlib
 import json
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import httpx
 import structlog
 
 from processors.analyze.core import token_bound
+from processors.analyze.port import AttemptError, Completion, Heard, Server
 from processors.analyze.settings import LlmSettings
+from processors.analyze.weights import WeightsDigest
+from processors.analyze.wire import Answer
 from schemas.prompts import Message
 from streams.errors import UnavailableError
 
 log = structlog.get_logger(__name__)
 
-_READ_CHUNK = 1 << 22
 _AWAY = frozenset({429, 503})
 """Too busy, or still loading the model: nothing was tried."""
 _FORBIDDEN = frozenset({401, 403})
 
-
-class Server(NamedTuple):
-    """Who answers, as far as it tells."""
-
-    model: str
-    model_digest: str
-    """SHA-256 of the weights, hex; empty where they cannot be read here."""
-    context_size: int
-    """Tokens that one request may have, prompt and answer."""
-    slots: int
-    """Requests that it works on at once; 0 where it does not say."""
-    build: str
-
-
-class Completion(NamedTuple):
-    """One answer."""
-
-    text: str
-    cut_off: bool
-    """Whether it ended at the limit of tokens."""
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    inference_ms: float
-
-
-class AttemptError(Exception):
-    """The server took this request and gave no completion. Whose fault it is, a canary must tell.
-
-    `kind` is `died` (the connection broke), `error` (a 5xx), `refused` (a 4xx: the same again would be as well)
-    or `garbage` (an answer that is not the protocol's). `raw` is what came back.
-    """
-
-    def __init__(self, kind: str, message: str, raw: str = "") -> None:
-        super().__init__(message)
-        self.kind = kind
-        self.raw = raw
-
-
-class Llm(Protocol):
-    """What analyze needs of an LLM server. Calls may be cancelled at any await; that frees the server's slot."""
-
-    async def server(self) -> Server:
-        """Who answers now.
-
-        Raises:
-            UnavailableError: it is away.
-        """
-
-    async def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of this chat as a prompt, or more, never fewer."""
-
-    async def complete(
-        self,
-        messages: Sequence[Message],
-        schema: Mapping[str, Any],
-        parameters: Mapping[str, Any],
-    ) -> Completion:
-        """Ask for a completion that follows the JSON schema. It has no deadline of its own.
-
-        Raises:
-            UnavailableError: the server is away: it did not take the request.
-            AttemptError: it took the request, and gave no completion.
-        """
-
-    async def close(self) -> None:
-        """Let go of connections."""
+_QUICK_S = 2.0
+"""A server that answers within this is asked for whole answers. Reading a stream takes 0.2 ms of CPU a token here and
+0.1 ms there (measured, llama.cpp's), which nobody notices at 100 tokens/s; a small model that makes thousands a second
+would lose a third of them. What a stream is for, noticing silence, a quick answer shows as well: it does not come."""
 
 
 class OpenAiLlm:
     """An OpenAI-compatible server over HTTP.
 
-    `weights` is the model's file where it can be read here. `clock` gives seconds, monotonic.
+    `url` is its address, by default the first of the settings; `weights` the model's file where it can be read here;
+    `clock` gives seconds, monotonic.
     """
 
     def __init__(
         self,
         settings: LlmSettings,
-        weights: Path | None = None,
+        weights: WeightsDigest | None = None,
+        url: str | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._settings = settings
-        self._weights = WeightsDigest(weights) if weights is not None else None
+        self._weights = weights
         self._clock = clock
+        base = httpx.URL(url or settings.urls[0])
+        self.name = f"{base.scheme}://{base.netloc.decode()}{base.path.rstrip('/')}"
         key = settings.api_key.get_secret_value() if settings.api_key is not None else ""
         self._client = httpx.AsyncClient(
-            base_url=settings.url,
+            base_url=base,
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            # The answer comes at once, whole: reading waits as long as the caller's deadline does.
             timeout=httpx.Timeout(settings.deadline_s, connect=settings.connect_timeout_s),
-            limits=httpx.Limits(max_connections=settings.slots + 2),
+            limits=httpx.Limits(max_connections=None),  # the gate counts
             # An address that a person set is the address: no proxy stands before it.
             trust_env=False,
             verify=ssl.create_default_context(cafile=settings.ca_path) if settings.ca_path else True,
-            transport=transport,
         )
         self._known: Server | None = None
         self._told: Server | None = None
         self._model_path = ""
+        self._quick = False
 
     async def server(self) -> Server:
-        """Who answers now: /v1/models and /props, asked again after every failure."""
+        """Who answers now; asked again after every failure."""
         known = self._known
         if known is None:
             known = self._known = await self._ask()
             if known != self._told:
-                self._tell(known)
+                self._told = known
+                log.info("llm", endpoint=self.name, **known._asdict())
         if self._weights is None or (self._model_path and Path(self._model_path).name != self._weights.path.name):
             return known
         return known._replace(model_digest=await self._weights.get())
@@ -156,60 +109,105 @@ class OpenAiLlm:
         messages: Sequence[Message],
         schema: Mapping[str, Any],
         parameters: Mapping[str, Any],
+        heard: Heard = lambda _: None,
     ) -> Completion:
         """POST /v1/chat/completions with the schema where llama.cpp, vLLM and OpenAI all read it."""
         server = await self.server()
+        streamed = not self._quick
         body = {
             **parameters,
             "model": server.model,
             "messages": _plain(messages),
-            "stream": False,
+            "stream": streamed,
+            **({"stream_options": {"include_usage": True}} if streamed else {}),
             "response_format": {
                 "type": "json_schema",
                 "json_schema": {"name": "verdict", "strict": True, "schema": schema},
             },
         }
         began = self._clock()
+        answer = Answer(heard)
+        done: Completion | None = None
         try:
-            answer = await self._client.post("/v1/chat/completions", json=body)
-        except asyncio.CancelledError:
-            self._known = None  # a deadline, perhaps: who hangs there must show itself before the next request
-            raise
+            await self._read(body, answer, streamed=streamed)
+            done = answer.completion((self._clock() - began) * 1000)
+        except TimeoutError as error:
+            silence = f"not a byte for {self._settings.silence_s:g} s (llm.silence_s)"
+            raise AttemptError("hung", silence, answer.unread) from error
         except httpx.HTTPError as error:
-            self._known = None
-            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
+            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
                 raise self._away(f"{error!r}") from error
-            raise AttemptError("died", f"the connection broke: {error!r}") from error
-        took = (self._clock() - began) * 1000
-        if not answer.is_success:
-            self._known = None
-            if answer.status_code in _AWAY | _FORBIDDEN:
-                raise self._away(_said(answer))
-            kind = "error" if answer.status_code >= 500 else "refused"
-            raise AttemptError(kind, _said(answer), answer.text)
-        return _completion(answer, took)
+            raise AttemptError("died", f"the connection broke: {error!r}", answer.unread) from error
+        finally:
+            if done is None:  # it failed, or was given up, at a deadline perhaps: it must show itself before the next
+                self._known = None
+            self._quick = done is not None and done.inference_ms < _QUICK_S * 1000
+        return done
+
+    async def _read(self, body: dict[str, Any], answer: Answer, *, streamed: bool) -> None:
+        """Read the answer to its end.
+
+        Silence is measured from the model's first word on: a long prompt has to be read before it. A quick server is
+        asked for the whole, which is there long before.
+
+        Raises:
+            TimeoutError: it fell silent.
+            httpx.HTTPError: it could not be reached, or the connection broke.
+            AttemptError, UnavailableError: it said no.
+        """
+        loop, silence_s = asyncio.get_running_loop(), self._settings.silence_s
+        async with (
+            asyncio.timeout(None if streamed else silence_s) as quiet,
+            self._client.stream("POST", "/v1/chat/completions", json=body) as response,
+        ):
+            if not response.is_success:
+                await response.aread()
+                raise self._refused(response)
+            async for data in response.aiter_bytes():
+                answer.feed(data)
+                if answer.writing:
+                    quiet.reschedule(loop.time() + silence_s)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
 
+    def _refused(self, answer: httpx.Response) -> Exception:
+        if answer.status_code in _AWAY | _FORBIDDEN:
+            return self._away(_said(answer))
+        return AttemptError("error" if answer.status_code >= 500 else "refused", _said(answer), answer.text)
+
     async def _ask(self) -> Server:
-        models = await self._get("/v1/models")
+        models = _entries(await self._get("/v1/models"))
         props = await self._get("/props")
-        offered = models.get("data")
-        first = offered[0] if isinstance(offered, list) and offered and isinstance(offered[0], dict) else {}
+        chosen = self._settings.model
+        first = next((one for one in models if one.get("id") == chosen), models[0] if models else {})
+        model = chosen or str(first.get("id", "")) or "unknown"
         self._model_path = str(props.get("model_path", ""))
         generation = props.get("default_generation_settings")
         context = _integer(generation.get("n_ctx")) if isinstance(generation, dict) else 0
-        # vLLM tells the length under the model's name.
-        context = context or _integer(first.get("max_model_len")) or self._settings.context_size
+        context = context or _integer(first.get("max_model_len"))
+        build = str(props.get("build_info", ""))
+        if not context:
+            context = await self._loaded_context(model)
+        if not build:
+            version = (await self._get("/version")) or (await self._get("/api/version"))
+            build = str(version.get("version", ""))
         return Server(
-            model=self._settings.model or str(first.get("id", "")) or "unknown",
+            model=model,
             model_digest="",
-            context_size=min(context, self._settings.context_size),
+            context_size=min(context or self._settings.context_size, self._settings.context_size),
             slots=_integer(props.get("total_slots")),
-            build=str(props.get("build_info", "")),
+            build=build,
         )
+
+    async def _loaded_context(self, model: str) -> int:
+        """The context that Ollama or LM Studio loaded the model with; 0 where neither tells."""
+        ollama = _entries(await self._get("/api/ps"), "models")
+        studio = _entries(await self._get("/api/v0/models"))
+        told = [one.get("context_length") for one in ollama if one.get("name") == model]
+        told += [one.get("loaded_context_length") for one in studio if one.get("id") == model]
+        return _integer(told[0]) if told else 0
 
     async def _get(self, path: str) -> dict[str, Any]:
         """What the server tells; nothing where it has no such page."""
@@ -227,76 +225,13 @@ class OpenAiLlm:
             raise self._away(f"{path} is not JSON: {answer.text[:100]!r}") from error
         return found if isinstance(found, dict) else {}
 
-    def _tell(self, known: Server) -> None:
-        self._told = known
-        log.info("llm", **known._asdict())
-        if 0 < known.slots < self._settings.slots:
-            log.warning(
-                "the llm server has fewer slots than are asked for; requests wait there, inside their deadline",
-                server=known.slots,
-                settings=self._settings.slots,
-                fix="set llm.slots to the server's, or start it with --parallel",
-            )
-
     def _away(self, why: str) -> UnavailableError:
-        self._known = None
-        return UnavailableError("llm", f"{self._settings.url} (llm.url, NEMOTRON_URL; llm.api_key): {why}")
+        return UnavailableError("llm", f"{self.name} (llm.url, NEMOTRON_URL; llm.api_key): {why}")
 
 
-class WeightsDigest:
-    """SHA-256 of a file, computed in a thread, again only when the file is another one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._of: tuple[int, ...] = ()
-        self._task: asyncio.Task[str] | None = None
-
-    async def get(self) -> str:
-        """The digest, hex; empty where the file cannot be read."""
-        try:
-            stat = self.path.stat()
-            identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            if self._task is None or identity != self._of:
-                self._of = identity
-                self._task = asyncio.create_task(asyncio.to_thread(_sha256, self.path))
-            return await asyncio.shield(self._task)  # who waits may be cancelled; the work is not lost
-        except OSError as error:
-            log.warning("the weights cannot be read (llm.model_path): events name no digest", error=str(error))
-            self._task = None
-            return ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        sha = hashlib.sha256()
-        while chunk := file.read(_READ_CHUNK):
-            sha.update(chunk)
-        return sha.hexdigest()
-
-
-def _completion(answer: httpx.Response, took: float) -> Completion:
-    try:
-        body = answer.json()
-        choice = body["choices"][0]
-        text = choice["message"]["content"]
-        if text is not None and not isinstance(text, str):
-            raise TypeError(f"content is {type(text).__name__}")
-        usage = body.get("usage") or {}
-        timings = body.get("timings") or {}
-        details = usage.get("prompt_tokens_details") or {}
-        return Completion(
-            # None: the model spent its tokens on thinking. Half a surrogate pair fits no record: write it out.
-            text=(text or "").encode("utf-8", "backslashreplace").decode(),
-            cut_off=choice.get("finish_reason") == "length",
-            prompt_tokens=_integer(usage.get("prompt_tokens")),
-            completion_tokens=_integer(usage.get("completion_tokens")),
-            cached_tokens=_integer(timings.get("cache_n")) or _integer(details.get("cached_tokens")),
-            inference_ms=took,
-        )
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise AttemptError(
-            "garbage", f"not a chat completion: {error!r}: {answer.text[:200]!r}", answer.text
-        ) from error
+def _entries(page: Mapping[str, Any], name: str = "data") -> list[dict[str, Any]]:
+    found = page.get(name)
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from prometheus_client import Metric
 from prometheus_client.registry import Collector
 
-from processors.analyze.gate import SlotGate
+from processors.analyze.endpoints import Endpoints
 from schemas.records import RiskEvent
 from streams.metrics import WORK_S, Counts, Distribution, gauge
 
 
 class AnalyzeMetrics(Collector):
-    """Counts of one judge, and the state of its gate."""
+    """Counts of one judge, and the state of its servers and their gate."""
 
-    def __init__(self, gate: SlotGate) -> None:
-        self._gate = gate
+    def __init__(self, endpoints: Endpoints) -> None:
+        self._endpoints = endpoints
         self.events = Counts("rewatch_analyze_events", "Verdicts by risk level.", "level", unit="events")
         self.tokens = Counts(
             "rewatch_llm_tokens",
@@ -25,6 +25,9 @@ class AnalyzeMetrics(Collector):
         self.seconds = Distribution("rewatch_llm_seconds", "The server's time on one verdict, a repair in it.", WORK_S)
         self.queued_seconds = Distribution("rewatch_llm_queued_seconds", "Waiting for a slot before it.", WORK_S)
         self.repairs = Counts("rewatch_llm_repairs", "Verdicts that took a second request to be usable.")
+        self.forgiven = Counts(
+            "rewatch_llm_forgiven", "What was forgiven in completions that were read: fence, prose ...", "what"
+        )
         self.failures = Counts(
             "rewatch_llm_failures",
             "Attempts that gave nothing usable, by kind: hung, died, error, refused, garbage, unusable, prompt.",
@@ -48,9 +51,14 @@ class AnalyzeMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """What is scraped."""
-        counted = (self.events, self.tokens, self.seconds, self.queued_seconds, self.repairs, self.failures)
-        yield from (one.family() for one in counted)
+        counted = (self.events, self.tokens, self.seconds, self.queued_seconds, self.repairs)
+        yield from (one.family() for one in (*counted, self.forgiven, self.failures))
+        gate = self._endpoints.gate
+        yield gauge("rewatch_llm_slots", "Requests that go to the servers at once.", (), {(): gate.slots})
+        yield gauge("rewatch_llm_slots_busy", "Slots that are held now, canaries' too.", (), {(): gate.busy})
         yield gauge(
-            "rewatch_llm_slots", "Requests that go to the server at once (llm.slots).", (), {(): self._gate.slots}
+            "rewatch_llm_up",
+            "Whether the server answers; it may still fail a prompt's canary.",
+            ("endpoint",),
+            {(endpoint.name,): endpoint.away is None for endpoint in self._endpoints.all},
         )
-        yield gauge("rewatch_llm_slots_busy", "Slots that are held now, canaries' too.", (), {(): self._gate.busy})

@@ -8,8 +8,10 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from processors.analyze.judge import Judge
-from processors.analyze.llm import Llm, OpenAiLlm
+from processors.analyze.llm import OpenAiLlm
+from processors.analyze.port import Llm
 from processors.analyze.settings import LlmSettings
+from processors.analyze.weights import WeightsDigest
 from schemas import ids, prompts
 from schemas.prompts import PromptVersion
 from schemas.records import Context
@@ -28,15 +30,18 @@ class AnalyzeStage:
     inputs: tuple[str, ...] = ("contexts",)
     outputs: tuple[str, ...] = ("risk_events",)
 
-    def __init__(self, llm: Llm, judge: Judge, prompt_of: Callable[[str], PromptVersion], *, deadline_s: float) -> None:
-        self._llm = llm
+    def __init__(self, judge: Judge, prompt_of: Callable[[str], PromptVersion], *, deadline_s: float) -> None:
         self._judge = judge
         self._prompt_of = prompt_of
         self.metrics = judge.metrics
-        self.concurrency = judge.gate.slots
         # A window and the canary that must answer before it is blamed, three times over at worst, besides those
         # that wait for a slot before it: without that much patience a slow model would be taken for a stall.
         self.patience_s = 2 * 3 * deadline_s
+
+    @property
+    def concurrency(self) -> int:
+        """As many as the servers have slots, as far as they are known."""
+        return self._judge.gate.slots
 
     async def handle(self, record: Incoming) -> Sequence[Emit]:
         """The window's event, under the prompt that is active for its camera when it is taken up."""
@@ -60,7 +65,7 @@ class AnalyzeStage:
 
     async def close(self) -> None:
         """Let go of the server's connections."""
-        await self._llm.close()
+        await self._judge.close()
 
 
 def build(
@@ -76,7 +81,7 @@ def build(
 
     Args:
         settings: The `llm:` section.
-        llm: Another LLM than the server that the settings name.
+        llm: Another LLM than the servers that the settings name.
         prompt_of: The prompt version that is active for a camera.
         weights: The model's file, whose SHA-256 every event names; without it `llm.model_path`, if that is a file.
         conditions: What the server does not tell of itself (threads, device), for the events' conditions.
@@ -84,6 +89,7 @@ def build(
     """
     if weights is None and settings.model_path != "demo":
         weights = Path(settings.model_path)
-    server = llm if llm is not None else OpenAiLlm(settings, weights)
-    judge = Judge(server, settings, conditions=conditions, wall=lambda: int(clock() * 1000))
-    return AnalyzeStage(server, judge, prompt_of, deadline_s=settings.deadline_s)
+    digest = WeightsDigest(weights) if weights is not None else None
+    llms = [llm] if llm is not None else [OpenAiLlm(settings, digest, url) for url in settings.urls]
+    judge = Judge(llms, settings, conditions=conditions, wall=lambda: int(clock() * 1000))
+    return AnalyzeStage(judge, prompt_of, deadline_s=settings.deadline_s)

@@ -60,13 +60,13 @@ def best_boxes(
     RT-DETR's own post-processing (arXiv 2304.08069), which takes the top scores over queries and classes together.
     """
     width, height = size
-    order = np.argsort(-scores, axis=None, kind="stable")[:MAX_BOXES]
+    flat = scores.ravel()
+    enough = np.flatnonzero(flat >= MIN_SCORE)  # a few of 24,000: sorting all of them takes 1.5 ms an image
+    order = enough[np.argsort(-flat[enough], kind="stable")[:MAX_BOXES]]
     found: list[Box] = []
-    for flat in order:
-        query, label = divmod(int(flat), scores.shape[1])
-        score = float(scores[query, label])
-        if score < MIN_SCORE:
-            break
+    for index in order:
+        query, label = divmod(int(index), scores.shape[1])
+        score = float(flat[index])
         cx, cy, w, h = (float(value) for value in boxes[query])
         left, top = max(0.0, (cx - w / 2) * width), max(0.0, (cy - h / 2) * height)
         right, bottom = min(float(width), (cx + w / 2) * width), min(float(height), (cy + h / 2) * height)

@@ -22,10 +22,16 @@ class Detector(Protocol):
     name: str
     digest: str
     """SHA-256 of the weights, hex."""
-    runtime: str
+
+    @property
+    def runtime(self) -> str:
+        """What ran the last `detect`: torch-cpu, torch-cuda, openvino-cpu, onnxruntime-cpu or http."""
 
     def detect(self, images: Sequence[Image.Image]) -> list[tuple[Box, ...]]:
         """The boxes of each image, pixels, best first. Blocking; called from one thread."""
+
+    def close(self) -> None:
+        """Let go of connections and of work beside it."""
 
 
 class FakeDetector:
@@ -44,6 +50,9 @@ class FakeDetector:
             for image in images
         ]
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 class Seen(NamedTuple):
     """One image's result."""
@@ -51,6 +60,10 @@ class Seen(NamedTuple):
     boxes: tuple[Box, ...]
     inference_ms: float
     """Its share of the batch's inference, milliseconds."""
+    runtime: str
+    """What made the boxes."""
+    model: str
+    model_digest: str
 
 
 class Batcher:
@@ -101,9 +114,9 @@ class Batcher:
     async def _infer(self, batch: list[tuple[Image.Image, "asyncio.Future[Seen]"]]) -> None:
         began = time.perf_counter()
         try:
-            results = await asyncio.get_running_loop().run_in_executor(
+            results, made_by = await asyncio.get_running_loop().run_in_executor(
                 self._thread,
-                self._detector.detect,
+                self._detect,
                 [image for image, _ in batch],
             )
         except UnavailableError as error:
@@ -123,7 +136,11 @@ class Batcher:
         share = took * 1000 / len(batch)
         for (_, future), boxes in zip(batch, results, strict=True):
             if not future.done():
-                future.set_result(Seen(boxes, share))
+                future.set_result(Seen(boxes, share, *made_by))
+
+    def _detect(self, images: list[Image.Image]) -> tuple[list[tuple[Box, ...]], tuple[str, str, str]]:
+        detector = self._detector
+        return detector.detect(images), (detector.runtime, detector.name, detector.digest)  # the next may have others
 
     def _fail(self, batch: list[tuple[Image.Image, "asyncio.Future[Seen]"]], error: Exception) -> None:
         for _, future in batch:

@@ -62,9 +62,9 @@ class DetectStage:
         detections = record(
             frame,
             seen.boxes,
-            model=self._detector.name,
-            model_digest=self._detector.digest,
-            runtime=self._detector.runtime,
+            model=seen.model,
+            model_digest=seen.model_digest,
+            runtime=seen.runtime,
             inference_ms=round(seen.inference_ms, 3),
             detected_at=int(self._clock() * 1000),
         )
@@ -72,5 +72,6 @@ class DetectStage:
         return [codec.emit("detections", detections)]
 
     async def close(self) -> None:
-        """Let go of the model's thread."""
+        """Let go of the model and its thread."""
         await self._batcher.close()
+        self._detector.close()

@@ -16,19 +16,13 @@ from PIL import ExifTags, Image, JpegImagePlugin
 
 from schemas import ids
 from schemas.records import Frame, IngestState
+from streams import jpeg
 from streams.errors import UnprocessableError
 
 REMEMBERED = 1000
 """How many of a camera's last frame ids ingest remembers: 17 minutes at one frame a second, in an 8 KB record."""
 
 _SHORT = 8  # bytes kept of each id's SHA-256: among 1,000 a stranger matches with probability 5e-17
-
-# A baseline JPEG has one scan and libjpeg's progressive script ten. A few kilobytes can ask for thousands of
-# passes over a large picture; libjpeg-turbo's own documentation names this attack.
-_MAX_SCANS = 100
-
-_JPEG_START = b"\xff\xd8\xff"
-_START_OF_SCAN = b"\xff\xda"  # inside entropy-coded data 0xff is always followed by 0x00 or a restart marker
 
 _CAMERA_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
@@ -117,12 +111,11 @@ def look(data: bytes, *, max_bytes: int, max_pixels: int, zone: ZoneInfo) -> Pic
         raise RejectedError("the file is empty", incomplete=True)
     if len(data) > max_bytes:
         raise RejectedError(f"the file has {len(data):,} bytes, ingest.max_bytes allows {max_bytes:,}")
-    if not data.startswith(_JPEG_START):
+    if not data.startswith(jpeg.START):
         # Windows shares and some FTP servers set a file's length first: zeros will be filled.
-        raise RejectedError(_what_else(data), incomplete=len(data.rstrip(b"\0")) < len(_JPEG_START))
-    scans = data.count(_START_OF_SCAN)
-    if scans > _MAX_SCANS:
-        raise RejectedError(f"a JPEG of {scans} scans: no camera makes that, and decoding it could take minutes")
+        raise RejectedError(_what_else(data), incomplete=len(data.rstrip(b"\0")) < len(jpeg.START))
+    if too_many := jpeg.scans_too_many(data):
+        raise RejectedError(too_many)
     try:
         # The plugin's class, not Image.open: that one guesses formats and has a pixel limit of its own.
         with JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as image:

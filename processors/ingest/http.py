@@ -1,7 +1,5 @@
 """Ingest's own HTTP endpoint: `POST /api/upload?camera=ID` with a JPEG; answered only when it is committed."""
 
-import asyncio
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +14,8 @@ from starlette.routing import Route
 from processors.ingest import core
 from processors.ingest.appender import Appenders
 from processors.ingest.settings import UploadSettings
+from streams.doors import check_sender, refusal, refuse, take_body
 from streams.errors import UnavailableError
-from streams.serving import by_web_page
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +50,7 @@ def build_app(
             Route("/api/upload", upload.post, methods=["POST"]),
             Route("/health", health, methods=["GET"]),
         ],
-        exception_handlers={HTTPException: _refusal, Exception: _fault},
+        exception_handlers={HTTPException: refusal, Exception: _fault},
     )
 
 
@@ -64,25 +62,29 @@ class _Upload:
 
     async def post(self, request: Request) -> Response:
         """Take one image; see the module."""
-        self._check_key(request)
+        check_sender(
+            request,
+            self._settings,
+            to_pages="uploads by web pages are refused here; the gateway takes those of its own page",
+        )
         if self._in_hand >= self._settings.max_waiting:
             self._appenders.turned_away(request.query_params.get("camera"), "upload", "shed")
-            raise _refuse(429, "too many uploads at once (ingest.upload.max_waiting)", _RETRY_BUSY_S)
+            raise refuse(429, "too many uploads at once (ingest.upload.max_waiting)", _RETRY_BUSY_S)
         if why := self._appenders.shed.why:
             self._appenders.turned_away(request.query_params.get("camera"), "upload", "shed")
-            raise _refuse(429, f"too much work waits: {why}", self._appenders.settings.shed.retry_after_s)
+            raise refuse(429, f"too much work waits: {why}", self._appenders.settings.shed.retry_after_s)
         self._in_hand += 1
         try:
             return await self._take(request)
         except core.UnknownCameraError as error:
-            raise _refuse(404, str(error)) from error
+            raise refuse(404, str(error)) from error
         except core.RejectedError as error:
             self._appenders.turned_away(request.query_params.get("camera"), "upload", "rejected")
-            raise _refuse(400, str(error)) from error
+            raise refuse(400, str(error)) from error
         except UnavailableError as error:
-            raise _refuse(503, str(error), _RETRY_AWAY_S) from error
+            raise refuse(503, str(error), _RETRY_AWAY_S) from error
         except ClientDisconnect as error:
-            raise _refuse(400, "the connection ended before the image did") from error
+            raise refuse(400, "the connection ended before the image did") from error
         finally:
             self._in_hand -= 1
 
@@ -94,7 +96,7 @@ class _Upload:
         fields, data, name = await self._read(request)
         camera_id = camera_id or fields.get("camera")
         if not camera_id:
-            raise _refuse(400, "which camera? POST /api/upload?camera=ID")
+            raise refuse(400, "which camera? POST /api/upload?camera=ID")
         await self._appenders.camera(camera_id, create=self._settings.auto_create)
         captured_at = request.query_params.get("captured_at") or fields.get("captured_at")
         zone = self._appenders.zone(camera_id)
@@ -114,55 +116,27 @@ class _Upload:
         """The body's fields, the image and its name."""
         multipart = request.headers.get("content-type", "").startswith("multipart/form-data")
         limit = self._appenders.settings.max_bytes + (_MULTIPART_OVERHEAD if multipart else 0)
-        try:
-            async with asyncio.timeout(self._settings.timeout_s):
-                body = await self._read_body(request, limit)
-        except TimeoutError:
-            raise _refuse(
-                408,
-                f"the image did not arrive within {self._settings.timeout_s:g} s (ingest.upload.timeout_s)",
-            ) from None
+        body = bytearray()
+        await take_body(
+            request,
+            body.extend,
+            limit=limit,
+            within_s=self._settings.timeout_s,
+            too_long=refuse(413, f"more than {self._appenders.settings.max_bytes:,} bytes (ingest.max_bytes)"),
+            too_slow=refuse(
+                408, f"the image did not arrive within {self._settings.timeout_s:g} s (ingest.upload.timeout_s)"
+            ),
+        )
         if not multipart:
-            return {}, body, request.query_params.get("name", "")
+            return {}, bytes(body), request.query_params.get("name", "")
         # Parsed from memory, where its size is already known to be in bounds.
-        async with Request(request.scope, _replay(body)).form(max_files=1, max_fields=8, max_part_size=4096) as form:
+        replayed = Request(request.scope, _replay(bytes(body)))
+        async with replayed.form(max_files=1, max_fields=8, max_part_size=4096) as form:
             file = form.get("file")
             if not isinstance(file, UploadFile):
-                raise _refuse(400, "the multipart form has no file part named `file`")
+                raise refuse(400, "the multipart form has no file part named `file`")
             fields = {key: value for key, value in form.items() if isinstance(value, str)}
             return fields, await file.read(), file.filename or ""
-
-    async def _read_body(self, request: Request, limit: int) -> bytes:
-        said = request.headers.get("content-length", "")
-        too_long = _refuse(413, f"more than {self._appenders.settings.max_bytes:,} bytes (ingest.max_bytes)")
-        if said.isascii() and said.isdigit() and int(said) > limit:
-            raise too_long
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise too_long
-        return bytes(body)
-
-    def _check_key(self, request: Request) -> None:
-        if by_web_page(request.headers):  # without a key any page could put pictures on a camera
-            raise HTTPException(403, "uploads by web pages are refused here; the gateway takes those of its own page")
-        if not self._settings.lets_in(request.headers):
-            raise HTTPException(
-                401,
-                "an API key is needed: `Authorization: Bearer KEY` or `X-API-Key: KEY` (ingest.upload.api_key)",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-
-
-def _refuse(status: int, message: str, retry_after: float | None = None) -> HTTPException:
-    headers = {"Retry-After": str(math.ceil(retry_after))} if retry_after is not None else None
-    return HTTPException(status, message, headers=headers)
-
-
-async def _refusal(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
 
 
 async def _fault(_request: Request, _error: Exception) -> Response:

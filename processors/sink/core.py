@@ -178,6 +178,18 @@ def _context() -> Mapping[str, Getter]:
     )
 
 
+def _gpu_metrics() -> Mapping[str, Getter]:
+    """What a card does not tell is NULL here, also where the first version's numbers have a mark for it."""
+
+    def told(name: str) -> Getter:
+        """The value; None for the marks, which are NaN and -1."""
+        get = attrgetter(name)
+        return lambda metrics: value if (value := get(metrics)) >= 0 else None  # NaN is not
+
+    numbers = ("utilization", "memory_used", "memory_total", "temperature", "power")
+    return {**_table("gpu_metrics"), **{name: told(name) for name in numbers}}
+
+
 TABLES: Mapping[str, Mapping[str, Getter]] = {
     # The image stays in `log`: typed rows are for questions.
     "frames": _table("frames", without=("image",), inline=lambda frame: frame.image is not None),
@@ -194,7 +206,7 @@ TABLES: Mapping[str, Mapping[str, Getter]] = {
     "replay_units": _table("replay_units", without=("payload",), payload_size=lambda unit: len(unit.payload)),
     # A verdict like those of `risk_events`, with the same columns.
     "replay_events": _table("replay_events", renamed={f"event_{name}": name for name in _columns(RiskEvent)}),
-    "gpu_metrics": _table("gpu_metrics"),
+    "gpu_metrics": _gpu_metrics(),
     "dead_letters": _table("dead_letters", headers=lambda letter: list(letter.headers.items())),
     "dead_letter_status": _table("dead_letter_status"),
 }

@@ -10,7 +10,7 @@ it differs, the others are the default's.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -18,18 +18,20 @@ from typing import Any, NamedTuple, Self
 
 import jsonschema
 import msgspec
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import referencing
+from jinja2 import TemplateError
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from schemas import ids
+from schemas.prompts import fence, sampling, sandbox
 from schemas.records import PromptRecord
 
 VERDICT_KEYS = ("reasoning", "risk_factors", "entities", "summary", "recommended_action", "risk_score")
 """What every completion must hold, whatever else a version's schema asks for."""
 
-# Prompts come over the log, from anyone who may write them: the sandbox keeps a template from reaching Python's
-# internals. No HTML escaping: this is plain text.
-_JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+FILES = ("system.txt", "user.txt", "repair.txt", "output_schema.json", "parameters.json", "sections.json")
+"""The files of a version, in the order in which people read them."""
 
 
 class PromptError(ValueError):
@@ -59,7 +61,8 @@ class PromptVersion:
     `template`, `output_schema` and `parameters` are JSON texts; the version's name is a digest of the three.
 
     Raises:
-        PromptError: a template does not parse, or the schema is none, or it does not require every verdict key.
+        PromptError: a template does not parse, or the schema is none, or it does not require every verdict key, or a
+            parameter is none (`sampling`).
     """
 
     def __init__(self, *, template: str, output_schema: str, parameters: str, name: str = "") -> None:
@@ -73,13 +76,16 @@ class PromptVersion:
             self.schema: Mapping[str, Any] = json.loads(output_schema)
             self.sampling: Mapping[str, Any] = json.loads(parameters)
             self._system, self._user, self._repair = (
-                _JINJA.from_string(text) for text in (self.templates.system, self.templates.user, self.templates.repair)
+                sandbox.compiled(text) for text in (self.templates.system, self.templates.user, self.templates.repair)
             )
             jsonschema.Draft202012Validator.check_schema(self.schema)
-        except (ValueError, TemplateError, jsonschema.SchemaError) as error:
+            _check_references(self.schema)
+        except (ValueError, TemplateError, jsonschema.SchemaError, RecursionError, Unresolvable) as error:
             raise PromptError(f"prompt {name or self.digest}: {type(error).__name__}: {error}") from error
         if not isinstance(self.sampling, dict):
             raise PromptError(f"prompt {name or self.digest}: parameters are not a JSON object")
+        if wrong := sampling.problem(self.sampling):
+            raise PromptError(f"prompt {name or self.digest}: {wrong}")
         missing = set(VERDICT_KEYS) - set(self.schema.get("required", ()) if isinstance(self.schema, dict) else ())
         if missing:
             raise PromptError(f"prompt {name or self.digest}: the output schema must require {sorted(missing)}")
@@ -107,19 +113,29 @@ class PromptVersion:
         )
 
     def repair(self, asked: tuple[Message, ...], answer: str, error: str) -> tuple[Message, ...]:
-        """The same chat, the unusable answer, and what was wrong with it.
+        """The same chat, the unusable answer, and what was wrong with it, both fenced: they repeat what was read.
 
         Raises:
             PromptError: the repair template cannot be rendered.
         """
-        return (*asked, Message("assistant", answer), Message("user", self._render(self._repair, {"error": error})))
+        told = self._render(self._repair, {"error": fence.harmless(error)})
+        return (*asked, Message("assistant", fence.harmless(answer)), Message("user", told))
 
     def _render(self, template: Any, variables: Mapping[str, Any]) -> str:
         try:
-            return str(template.render(variables))
+            return sandbox.render(template, variables)
         # A template is somebody's program: what it raises is not ours to list.
         except Exception as error:
             raise PromptError(f"prompt {self.name or self.digest}: {type(error).__name__}: {error}") from error
+
+    def to_files(self) -> dict[str, str]:
+        """The version as the text of each of `FILES`, which `from_files` makes the same version of."""
+        texts = {f"{part}.txt": str(getattr(self.templates, part)) + "\n" for part in ("system", "user", "repair")} | {
+            "output_schema.json": _pretty(self.output_schema),
+            "parameters.json": _pretty(self.parameters),
+            "sections.json": _pretty(json.dumps(self.templates.sections)),
+        }
+        return {file: texts[file] for file in FILES}
 
     @classmethod
     def from_files(cls, folder: Traversable, name: str, base: Traversable | None = None) -> Self:
@@ -131,20 +147,29 @@ class PromptVersion:
             PromptError: as the constructor.
             OSError: a file is missing.
         """
-
-        def text(file: str) -> str:
+        texts = {}
+        for file in FILES:
             path = folder / file
             if base is not None and not path.is_file():
                 path = base / file
-            return path.read_text(encoding="utf-8").removesuffix("\n")
+            texts[file] = path.read_text(encoding="utf-8")
+        return cls.from_texts(texts, name)
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str], name: str) -> Self:
+        """The version that the texts of `FILES` make.
+
+        Raises:
+            PromptError: as the constructor.
+        """
 
         def compact(file: str) -> str:
             try:
-                return json.dumps(json.loads(text(file)), separators=(",", ":"), ensure_ascii=False)
-            except ValueError as error:
+                return json.dumps(json.loads(texts[file]), separators=(",", ":"), ensure_ascii=False)
+            except (ValueError, RecursionError) as error:
                 raise PromptError(f"{file}: {error}") from error
 
-        parts = {part: text(f"{part}.txt") for part in ("system", "user", "repair")}
+        parts = {part: texts[f"{part}.txt"].removesuffix("\n") for part in ("system", "user", "repair")}
         template = json.dumps(
             {**parts, "sections": json.loads(compact("sections.json"))},
             separators=(",", ":"),
@@ -192,13 +217,45 @@ class PromptVersion:
 
 
 @lru_cache(maxsize=1)
+def shipped() -> Mapping[str, PromptVersion]:
+    """The versions that come with the product, by name: the default first."""
+    here = files(__name__)
+    others = sorted(folder.name for folder in here.iterdir() if (folder / "system.txt").is_file())
+    return {"default": PromptVersion.from_files(here, "default")} | {
+        name: PromptVersion.from_files(here / name, name, base=here) for name in others
+    }
+
+
 def default() -> PromptVersion:
     """The version in the tree, for every camera that has no other."""
-    return PromptVersion.from_files(files(__name__), "default")
+    return shipped()["default"]
 
 
-@lru_cache(maxsize=1)
 def deliveries_strict_nights() -> PromptVersion:
     """The demo's second version: deliveries are expected, and nights are judged more strictly."""
-    name = "deliveries-strict-nights"
-    return PromptVersion.from_files(files(__name__) / name, name, base=files(__name__))
+    return shipped()["deliveries-strict-nights"]
+
+
+def _pretty(text: str) -> str:
+    return json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n"
+
+
+def _check_references(schema: Any) -> None:
+    """Refuse a schema that refers to anything beyond itself: a validator would go and fetch it."""
+    if not isinstance(schema, dict):
+        return
+    resolver = referencing.Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
+    for reference in _references(schema):
+        resolver.lookup(reference)
+
+
+def _references(schema: Any) -> Iterator[str]:
+    if isinstance(schema, dict):
+        for key, value in schema.items():
+            if key in {"$ref", "$dynamicRef"} and isinstance(value, str):
+                yield value
+            else:
+                yield from _references(value)
+    elif isinstance(schema, list):
+        for item in schema:
+            yield from _references(item)

@@ -13,10 +13,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from infra.local.stack import LocalStack
-from infra.models.library import DEMO
+from processors.detect.card import Card
 from processors.detect.core import best_boxes, decode_image
 from processors.detect.settings import DetectorSettings
 from processors.detect.stage import DetectStage
@@ -27,6 +25,7 @@ from streams.claims import ClaimStore
 from streams.host_faust import FaustHost
 from tests.bench import kit
 from tests.bench.figure import Figure, rate
+from tests.processors import detect_kit
 
 NAMES = ("detect_vs_bare", "detect_r18_vs_bare")
 AIM = 0.95
@@ -35,12 +34,12 @@ AIM = 0.95
 PAIRS, IMAGES = 6, 320
 R18_PAIRS, R18_IMAGES = 3, 16
 
-SETTINGS = DetectorSettings()  # batches of 8, as many threads as torch takes
+SETTINGS = DetectorSettings(runtime="torch")  # batches of 8, as many threads as torch takes
 
 
 async def measure(stack: LocalStack, progress: Callable[[float], None], *, quick: bool = False) -> list[Figure]:
     """The stage as it is shipped, on Faust's host: with the demo's detector, and with the smallest one of users."""
-    demo = TorchDetector(SETTINGS, str(DEMO / "detector"))
+    demo = TorchDetector(Card.read(detect_kit.DEMO_DETECTOR), SETTINGS)
     if quick:
         return [await _figure(NAMES[0], stack, demo, progress, count=SETTINGS.batch_size, pairs=1)]
     first = await _figure(NAMES[0], stack, demo, lambda done: progress(done / 2), count=IMAGES, pairs=PAIRS)
@@ -74,7 +73,7 @@ async def _figure(
 
 def _bare(detector: TorchDetector, decoders: ThreadPoolExecutor, images: Sequence[bytes], count: int) -> float:
     """Batches of the same size, one after another, each decoded while the one before is in the model."""
-    processor, model, labels = detector._processor, detector._model, detector._labels
+    pixels, infer, labels = detector.card.pixels, detector._infer, detector.card.labels
     batches = [
         [images[n % len(images)] for n in range(start, min(start + SETTINGS.batch_size, count))]
         for start in range(0, count, SETTINGS.batch_size)
@@ -89,11 +88,8 @@ def _bare(detector: TorchDetector, decoders: ThreadPoolExecutor, images: Sequenc
     for following in [*batches[1:], []]:
         pictures = ahead.result()
         ahead = decoders.submit(decode, following)
-        inputs = processor(images=pictures, return_tensors="pt")
-        with torch.inference_mode():
-            output = model(**inputs)
-        scores, boxes = output.logits.sigmoid().numpy(), output.pred_boxes.numpy()
-        seen += [best_boxes(scores[i], boxes[i], labels, picture.size) for i, picture in enumerate(pictures)]
+        found = infer(pixels.of(pictures))
+        seen += [best_boxes(one[:, :-4], one[:, -4:], labels, p.size) for one, p in zip(found, pictures, strict=True)]
     assert len(seen) == count
     return count / (time.perf_counter() - began)
 
@@ -131,24 +127,5 @@ async def _product(stack: LocalStack, detector: TorchDetector, images: Sequence[
 
 
 def _r18() -> TorchDetector:
-    """RT-DETRv2 with the backbone and the sizes of `PekingU/rtdetr_v2_r18vd`, random weights: its speed is the same."""
-    from transformers import RTDetrImageProcessor, RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
-
-    backbone = RTDetrResNetConfig(
-        embedding_size=64,
-        hidden_sizes=[64, 128, 256, 512],
-        depths=[2, 2, 2, 2],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    config = RTDetrV2Config(
-        backbone_config=backbone,
-        encoder_in_channels=[128, 256, 512],
-        hidden_expansion=0.5,
-        decoder_layers=3,
-        num_labels=80,
-    )
     with tempfile.TemporaryDirectory(prefix="rewatch-bench-r18-") as directory:
-        RTDetrV2ForObjectDetection(config).save_pretrained(directory)
-        RTDetrImageProcessor(size={"height": 640, "width": 640}, do_normalize=False).save_pretrained(directory)
-        return TorchDetector(SETTINGS, str(Path(directory)))
+        return TorchDetector(Card.read(detect_kit.r18(Path(directory))), SETTINGS)

@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +20,153 @@ from rich.console import Console
 from rich.table import Table
 
 from infra.local import broker
+from infra.local.process import StartError
 from tests.bench.__main__ import _cpu_model
 from tests.chaos import campaign
 from tests.chaos.campaign import Outcome, Progress
 from tests.chaos.schedule import GAP_S, KINDS, Planned, ends_s, plan
 
+FAULTS = 100
+"""As many as fit into 40 minutes."""
 
-def main() -> int:
-    """Run what was asked for; 0 where everything held, 1 where something did not."""
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="See tests/chaos/README.md.")
-    parser.add_argument("--n", type=int, default=100, help="faults; default: 100")
-    parser.add_argument("--seed", type=int, default=None, help="the same seed makes the same schedule; default: any")
-    parser.add_argument("--only", nargs="+", metavar="KIND", choices=list(KINDS), default=[], help="these kinds only")
-    parser.add_argument("--gap", type=float, default=GAP_S, help=f"seconds between two on average; default: {GAP_S:g}")
-    parser.add_argument(
-        "--list", action="store_true", help="show the kinds, or with --n or --seed the schedule, and end"
-    )
-    parser.add_argument("--keep", action="store_true", help="keep data and logs also where everything held")
-    parser.add_argument("--json", action="store_true", help="print the outcome as JSON; progress goes to stderr")
-    parser.add_argument("--out", type=Path, default=Path("chaos.json"), help="default: chaos.json")
-    arguments = parser.parse_args()
-    seed = time.time_ns() % 2**31 if arguments.seed is None else arguments.seed
-    planned = plan(arguments.n, seed, only=arguments.only, gap_s=arguments.gap)
-    console = Console(stderr=arguments.json)
-    if arguments.list:
-        _list(Console(), None if arguments.seed is None else planned)
+SHOWN = 20
+"""Violations that are printed."""
+
+MOST_S = 3600.0
+"""Between two faults."""
+
+# A terminal's Ctrl-C, a supervisor's end, a terminal that is closed.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+VIOLATED = 1
+NOT_RUN = 3
+
+_EPILOG = """exit codes:
+  0  everything held
+  1  a violation; data, logs and schedule.json are kept, and the last lines say where
+  2  the arguments make no sense
+  3  the installation did not start; its logs are kept
+  128 + n  stopped by signal n (130 is Ctrl-C): every child is stopped, and what it wrote removed, unless --keep
+tests/chaos/README.md says what must hold and what chaos.json means."""
+
+
+class StoppedError(Exception):
+    """The campaign was told to stop, by a signal, and did."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what was asked for; the exit code, as the help says."""
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    out = asked.out.resolve()
+    if not asked.list and not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        parser.error(f"--out {asked.out}: {out.parent} is no directory that can be written to")
+    seed = time.time_ns() % 2**31 if asked.seed is None else asked.seed
+    planned = plan(FAULTS if asked.n is None else asked.n, seed, only=asked.only, gap_s=asked.gap)
+    console = Console(stderr=asked.json)
+    if asked.list:
+        _list(Console(), planned if (asked.n, asked.seed) != (None, None) else None)
         return 0
     logging.disable(logging.CRITICAL)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     directory = Path(tempfile.mkdtemp(prefix="rewatch-chaos-"))
     expected = campaign.WARM_S * 2 + ends_s(planned) + campaign.TAIL_S
     console.print(f"{len(planned)} faults, seed {seed}, about {expected / 60:.0f} minutes; data in {directory}")
-    outcome = asyncio.run(_run(planned, directory, expected, console))
-    found = outcome.as_json() | {"seed": seed, "n": len(planned), "gap_s": arguments.gap, "machine": _machine()}
-    arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+    try:
+        outcome = asyncio.run(_run(planned, directory, expected, console))
+    except StoppedError as stopped:
+        if not asked.keep:
+            shutil.rmtree(directory)
+        kept = f"data and logs: {directory}" if asked.keep else "nothing was kept"
+        console.print(f"stopped by {signal.Signals(stopped.number).name}: no child runs, {kept}", soft_wrap=True)
+        return 128 + stopped.number
+    except StartError as error:
+        console.print(f"the installation did not start: {error}", markup=False, soft_wrap=True)
+        return NOT_RUN
+    found = outcome.as_json() | {"seed": seed, "n": len(planned), "gap_s": asked.gap, "machine": _machine()}
+    out.write_text(json.dumps(found, indent=2) + "\n")
     _evidence(directory, planned, outcome, found)
-    if outcome.violations:
-        console.print(f"[red]{len(outcome.violations)} violations[/red]; data, logs and schedule.json: {directory}")
-        for line in outcome.violations[:20]:
-            console.print(f"  {line}", markup=False)
-    elif not arguments.keep:
-        shutil.rmtree(directory)
     _show(found, console)
-    if arguments.json:
+    if outcome.violations:
+        for line in outcome.violations[:SHOWN]:
+            console.print(f"  {line}", markup=False, soft_wrap=True)
+        more = f", the first {SHOWN} above, all in {out}" if len(outcome.violations) > SHOWN else ""
+        said = f"[red]{len(outcome.violations)} violations[/red]{more}; data, logs and schedule.json: {directory}"
+        console.print(said, soft_wrap=True)
+    elif not asked.keep:
+        shutil.rmtree(directory)
+    if asked.json:
         print(json.dumps(found))
-    return 1 if outcome.violations else 0
+    return VIOLATED if outcome.violations else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos",
+        description="Torment an installation of its own at random, seeded instants, and audit it from outside.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--n", type=_count, help=f"faults; default: {FAULTS}, in 40 minutes")
+    parser.add_argument("--seed", type=int, help="the same seed makes the same schedule; default: any")
+    parser.add_argument("--only", nargs="+", metavar="KIND", choices=list(KINDS), default=[], help="these kinds only")
+    gap = f"seconds from one to the next on average; default: {GAP_S:g}"
+    parser.add_argument("--gap", type=_seconds, default=GAP_S, help=gap)
+    listed = "show the kinds, or with --n or --seed the schedule, and end"
+    parser.add_argument("--list", action="store_true", help=listed)
+    parser.add_argument("--keep", action="store_true", help="keep data and logs also where everything held")
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON; progress goes to stderr")
+    parser.add_argument("--out", type=Path, default=Path("chaos.json"), help="the outcome; default: chaos.json")
+    return parser
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return count
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= MOST_S:
+        raise argparse.ArgumentTypeError(f"more than 0, and {MOST_S:g} at most")
+    return seconds
 
 
 async def _run(planned: list[Planned], directory: Path, expected: float, console: Console) -> Outcome:
+    """The campaign, ended in order by the first signal.
+
+    Raises:
+        StoppedError: a signal came.
+        StartError: the installation did not start.
+    """
+    task, got = asyncio.current_task(), list[int]()
+    assert task is not None
+
+    def stop(number: int) -> None:
+        if not got:  # stopping takes half a minute; whoever is impatient does not make it take less
+            got.append(number)
+            console.print("stopping every child ...")
+            task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        return await _watched(planned, directory, expected, console)
+    except asyncio.CancelledError:
+        if not got:
+            raise
+        raise StoppedError(got[0]) from None
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+async def _watched(planned: list[Planned], directory: Path, expected: float, console: Console) -> Outcome:
     progress = Progress(expected, tell=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
     if not console.is_terminal:
         showing = asyncio.create_task(_lines(progress, len(planned), console))
@@ -140,15 +241,31 @@ def _list(console: Console, planned: list[Planned] | None) -> None:
 
 
 def _show(found: dict[str, Any], console: Console) -> None:
-    table = Table("kind", "times", "stall s", "recovery s", "overlapped s")
+    table = Table("kind")
+    for name in ("times", "stall s", "recovery s", "overlapped s"):
+        table.add_column(name, justify="right")
     for kind, count in found["faults"].items():
         cells = [found[column].get(kind, "") for column in ("stall_s", "recovery_s", "overlapped_s")]
         table.add_row(kind, str(count), *map(str, cells))
     console.print(table)
-    console.print(
-        f"accepted {found['accepted']}, lost {found['lost']}, duplicates {found['duplicates']}, "
-        f"unexplained dead letters {found['unexplained_dead_letters']}, "
-        f"longest stall {found['longest_stall_s']} s ({found['longest_stall_of']}); {found['seconds']:.0f} s"
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    for one in found["skipped"]:
+        say(f"not counted: {one['number']} {one['kind']} {one['target']}: {one['why']}")
+    for name, count in found["ended_by_themselves"].items():
+        say(f"{name} was restarted {count} times without having been killed")
+    stall = (
+        f"{found['longest_stall_s']} s ({found['longest_stall_of']})" if found["longest_stall_of"] else "none measured"
+    )
+    lost = {
+        key: "?" if found[key] is None else found[key] for key in ("lost", "duplicates", "unexplained_dead_letters")
+    }
+    say(
+        f"{sum(found['faults'].values())} faults, {found['kills']} kills, accepted {found['accepted']}, "
+        f"lost {lost['lost']}, duplicates {lost['duplicates']}, "
+        f"unexplained dead letters {lost['unexplained_dead_letters']}, longest stall {stall}; {found['seconds']:.0f} s"
     )
 
 

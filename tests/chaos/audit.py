@@ -3,10 +3,12 @@
 import asyncio
 import hashlib
 import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import clickhouse_connect
 import msgspec
 from aiokafka import TopicPartition
 
@@ -28,6 +30,9 @@ _READ_S = 300.0
 
 _LETTERS = "dead_letters"
 
+# "is there 2 times", or a frame "is in 2 batches".
+_DOUBLED = re.compile(r" is (there \d+ times|in \d+ batches)$")
+
 
 class Made(NamedTuple):
     """One record of a stage's output."""
@@ -36,6 +41,24 @@ class Made(NamedTuple):
     """When it was appended, ms since the Unix epoch; it was committed within milliseconds."""
     since: int
     """When the record that it was made from was appended; 0 where it names none."""
+
+
+class Counts(NamedTuple):
+    """How many lines of an audit say what."""
+
+    lost: int
+    duplicates: int
+    unexplained: int
+
+
+def counted(lines: Iterable[str]) -> Counts:
+    """What the audit from outside found, by what it means."""
+    every = list(lines)
+    return Counts(
+        sum(line.endswith(" is lost") for line in every),
+        sum(_DOUBLED.search(line) is not None for line in every),
+        sum(line.startswith("unexplained dead letter") for line in every),
+    )
 
 
 class CampaignAudit(Audit):
@@ -86,10 +109,13 @@ class CampaignAudit(Audit):
             self._misnamed.append(f"frame {frame.frame_id} is misnamed")
         return record._replace(value=codec.emit("frames", msgspec.structs.replace(frame, image=b"")).value)
 
-    def check(self, accepted: Mapping[str, str], spoiled: Mapping[str, int]) -> list[str]:
+    def check(
+        self, accepted: Mapping[str, str], spoiled: Mapping[str, int], poisoned: Collection[str] = ()
+    ) -> list[str]:
         """What does not hold on the log, a line each.
 
         `accepted`: cameras by frame. `spoiled`: how often the LLM was made to answer each question badly.
+        `poisoned`: questions that it never answered well, so that their windows can have no event.
         """
         contexts = {record.origin: codec.decode(record, Context) for record in self.records["contexts"]}
         letters: list[DeadLetter] = self.decoded(_LETTERS)
@@ -103,9 +129,13 @@ class CampaignAudit(Audit):
                 found.append(f"unexplained dead letter {letter.stage} {letter.origin}: {letter.message[:200]}")
         found += [f"dead letter of {name} is there {n} times" for name, n in Counter(explained).items() if n > 1]
         self.explained = len(set(explained))
+        asked = {_question(letter) for letter in letters if letter.stage == "analyze"}
+        found += [f"a window has no dead letter, and was never judged: {one[-300:]}" for one in set(poisoned) - asked]
         found += self.violations(dict(accepted), explained)
         found += self._unbatched()
         found += self._order_of_verdicts()
+        found += self._places()
+        found += self._copies()
         return found
 
     def _unbatched(self) -> Iterator[str]:
@@ -143,6 +173,54 @@ class CampaignAudit(Audit):
                     yield f"{topic}: {record.batch_id} out of order"
                 last[record.camera_id] = place
 
+    def _places(self) -> Iterator[str]:
+        """Each camera's records lie in one partition, and each window begins behind the end of the one before it."""
+        for topic in ("frames", "detections", "batches", "contexts", "risk_events"):
+            at: dict[bytes | None, int] = {}
+            for record in self.records[topic]:
+                if at.setdefault(record.key, record.partition) != record.partition:
+                    yield f"{topic}: {record.origin} is in another partition than its camera"
+        ends: dict[str, int] = {}
+        for batch in self._batches():
+            if batch.frames[0].offset <= ends.get(batch.camera_id, -1):
+                yield f"batches: {batch.batch_id} out of order"
+            ends[batch.camera_id] = batch.frames[-1].offset
+
+    def _copies(self) -> Iterator[str]:
+        """What results repeat of what they were made of is the same there."""
+        batches = {batch.batch_id: batch for batch in self._batches()}
+        for context in self.decoded("contexts"):
+            if context.batch_id in batches and context.batch != batches[context.batch_id]:
+                yield f"context {context.batch_id} has another batch in it"
+        for event in self.decoded("risk_events"):
+            batch = batches.get(event.batch_id)
+            if batch is not None and (event.camera_id, event.frame_ids) != (
+                batch.camera_id,
+                tuple(frame.frame_id for frame in batch.frames),
+            ):
+                yield f"event {event.event_id} names another camera or other frames than its batch"
+
+    def violations_in_clickhouse(self) -> list[str]:
+        """As the parent has it; and the bytes that `log` has are those of the log (frames are kept without images)."""
+        found = super().violations_in_clickhouse()
+        client = clickhouse_connect.get_client(
+            dsn=self._settings.clickhouse.url, database=self._settings.clickhouse.database
+        )
+        for topic in sorted(set(self.records) - {"frames"}):
+            rows = client.query(
+                "SELECT partition, offset, hex(MD5(assumeNotNull(value))) FROM log FINAL "
+                "WHERE topic = {topic:String} AND NOT tick",
+                {"topic": topic},
+            ).result_rows
+            kept = {(partition, offset): digest for partition, offset, digest in rows}
+            for record in self.records[topic]:
+                there = kept.get((record.partition, record.offset))
+                digest = hashlib.md5(record.value or b"", usedforsecurity=False).hexdigest().upper()
+                if there is not None and there != digest:
+                    found.append(f"{topic} in log: {record.origin} has other bytes")
+        client.close()
+        return found
+
     def _batches(self) -> list[Batch]:
         return self.decoded("batches")
 
@@ -163,5 +241,11 @@ def _explained(letter: DeadLetter, spoiled: Mapping[str, int]) -> bool:
     """Whether each attempt that is held against the window was one that the LLM was made to answer badly."""
     if letter.stage != "analyze" or not letter.detail:
         return False
-    told = json.loads(letter.detail)
-    return len(told["attempts"]) <= spoiled.get(question(json.loads(told["rendered_prompt"])), 0)
+    return len(json.loads(letter.detail)["attempts"]) <= spoiled.get(_question(letter), 0)
+
+
+def _question(letter: DeadLetter) -> str:
+    """What the LLM was asked before the letter was written; nothing where it does not say."""
+    if not letter.detail:
+        return ""
+    return question(json.loads(json.loads(letter.detail)["rendered_prompt"]))

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from infra.cli.audit import plain
 from infra.cli.show import collect
-from infra.local.process import StartError
-from tests.chaos import faults, stalls
-from tests.chaos.audit import CampaignAudit, Made
+from processors.store.audit import Report
+from tests.chaos import faults, product, stalls
+from tests.chaos.audit import CampaignAudit, Made, counted
 from tests.chaos.load import Load
 from tests.chaos.schedule import Planned, ends_s
-from tests.chaos.site import CAMERAS, Site, site
+from tests.chaos.site import CAMERAS, NotInflictedError, Site, site
 from tests.chaos.stalls import Happened, Stall
 from tests.e2e.installation import Feeder, pictures
 
@@ -48,26 +49,46 @@ class Outcome:
     explained: int = 0
     violations: list[str] = field(default_factory=list)
     stalls: list[Stall] = field(default_factory=list)
+    kills: int = 0
+    """SIGKILLs that reached a live process."""
+    ended_by_themselves: dict[str, int] = field(default_factory=dict)
+    """How often processes were restarted that nobody had killed, by name."""
+    product: Report | None = None
+    """What the product's own audit said; None where the campaign broke off before."""
     seconds: float = 0.0
+
+    @property
+    def skipped(self) -> list[Happened]:
+        """Faults that could not be inflicted."""
+        return [fault for fault in self.happened if not fault.inflicted]
 
     def as_json(self) -> dict[str, Any]:
         """As `chaos.json` has it."""
         longest = stalls.longest(self.stalls)
-        kinds = Counter(fault.kind for fault in self.happened)
+        kinds = Counter(fault.kind for fault in self.happened if fault.inflicted)
+        audited = self.product is not None  # else nobody knows, and 0 would be a claim
+        counts = counted(self.violations)
         outages = [stall for stall in self.stalls if stall.fault.target in {"kafka", "clickhouse", "llama"}]
         return {
-            "kills": sum(count for kind, count in kinds.items() if kind.startswith(("kill-", "late-", "power-"))),
+            "kills": self.kills,
             "faults": dict(sorted(kinds.items())),
+            "skipped": [
+                {"number": fault.number, "kind": fault.kind, "target": fault.target, "why": fault.note}
+                for fault in self.skipped
+            ],
             "accepted": self.accepted,
-            "lost": sum(line.endswith(" is lost") for line in self.violations),
-            "duplicates": sum(line.endswith(" times") for line in self.violations),
-            "unexplained_dead_letters": sum(line.startswith("unexplained") for line in self.violations),
-            "explained_dead_letters": self.explained,
+            "lost": counts.lost if audited else None,
+            "duplicates": counts.duplicates if audited else None,
+            "unexplained_dead_letters": counts.unexplained if audited else None,
+            "explained_dead_letters": self.explained if audited else None,
+            "rewatch_audit": _plain(self.product) if self.product is not None else None,
             "longest_stall_s": round(longest.seconds, 2) if longest else None,
             "longest_stall_of": f"{longest.fault.kind} {longest.stage}" if longest else None,
+            "stalls_measured": len(stalls.single(self.stalls)),
             "stall_s": stalls.by_kind([s for s in self.stalls if s not in outages], alone=True),
             "recovery_s": stalls.by_kind(outages, alone=True),
             "overlapped_s": stalls.by_kind(self.stalls, alone=False),
+            "ended_by_themselves": self.ended_by_themselves,
             "violations": self.violations,
             "seconds": round(self.seconds, 1),
         }
@@ -106,6 +127,8 @@ async def run(plan: Sequence[Planned], directory: Path, progress: Progress, **se
         with pytest.MonkeyPatch.context() as patch:
             async with site(directory, patch, progress.say, **settings) as home:
                 await _torment(home, plan, outcome, progress)
+                outcome.kills = home.kills.total()
+                outcome.ended_by_themselves = home.ended_by_themselves()
     finally:
         outcome.seconds = time.monotonic() - began
     return outcome
@@ -120,7 +143,7 @@ async def _torment(home: Site, plan: Sequence[Planned], outcome: Outcome, progre
         progress.say("load")
         async with asyncio.timeout(WARM_S + ends_s(plan) + _PATIENCE_S), load.running():
             await asyncio.sleep(WARM_S)
-            outcome.happened = await _inflict(home, plan, progress)
+            await _inflict(home, plan, outcome.happened, progress)
             await asyncio.sleep(WARM_S)
         outcome.accepted, outcome.put_off = len(load.accepted), load.put_off
         outcome.violations += load.refused
@@ -128,15 +151,20 @@ async def _torment(home: Site, plan: Sequence[Planned], outcome: Outcome, progre
         await Feeder(home.settings, []).end(CAMERAS)
         stuck = await _drain(home)
         if stuck:
-            outcome.violations.append(f"no headway for {STUCK_S:g} s: {stuck}")
+            outcome.violations.append(f"no headway for {STUCK_S:g} s, or no end in {_PATIENCE_S:g} s: {stuck}")
         progress.say("auditing the log")
         audit = CampaignAudit(home.settings)
         await audit.read()
-        outcome.violations += audit.check(load.accepted, home.llm.spoiled)
+        outcome.violations += audit.check(load.accepted, home.llm.spoiled, home.llm.poisoned)
         outcome.explained = audit.explained
         outcome.violations += await audit.violations_of_replay()
         progress.say("auditing ClickHouse")
         outcome.violations += await asyncio.to_thread(audit.violations_in_clickhouse)
+        progress.say("`rewatch audit`")
+        report = await product.report_of(home.settings)
+        letters = len({(letter.stage, letter.origin) for letter in audit.decoded("dead_letters")})
+        outcome.violations += product.violations(report, len(load.accepted), counted(outcome.violations), letters)
+        outcome.product = report
         looked = [Made(at, 0) for at in load.looked]
         outcome.stalls = stalls.stalls(outcome.happened, audit.made() | {"gateway": looked})
     except (Exception, asyncio.CancelledError):  # whatever stops it is a finding, and the evidence must be kept
@@ -147,45 +175,71 @@ async def _torment(home: Site, plan: Sequence[Planned], outcome: Outcome, progre
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+        outcome.happened.sort()
 
 
-async def _inflict(home: Site, plan: Sequence[Planned], progress: Progress) -> list[Happened]:
-    """Every fault at its instant, those of one resource one after another; what happened, in order."""
+def _plain(report: Report) -> dict[str, Any]:
+    """The report for `chaos.json`; its violations are among the campaign's own."""
+    told = plain(report)
+    return {name: told[name] for name in ("clean", "accepted", "lost", "duplicates", "unread", "notes", "took_s")}
+
+
+class _Notes:
+    """What is told of one fault while it lasts."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.over_at: int | None = None
+
+    def __call__(self, what: str) -> None:
+        self.said.append(what)
+
+    def over(self) -> None:
+        self.over_at = _now()
+
+
+async def _inflict(home: Site, plan: Sequence[Planned], happened: list[Happened], progress: Progress) -> None:
+    """Every fault at its instant, those of one resource one after another; `happened` gets each as it ends."""
     began = time.monotonic()
     busy: dict[str, asyncio.Lock] = {}
 
-    async def one(fault: Planned) -> Happened:
+    async def one(fault: Planned) -> None:
         await asyncio.sleep(max(0.0, began + fault.at_s - time.monotonic()))
-        notes: list[str] = []
+        notes = _Notes()
+        inflicted = True
         async with busy.setdefault(fault.target, asyncio.Lock()):
             started = _now()
             progress.now[fault.number] = f"{fault.kind} {fault.target}"
             ended = started
             try:
-                async with faults.make(fault, home, notes.append):
+                async with faults.make(fault, home, notes):
                     if fault.length_s:
                         await asyncio.sleep(fault.length_s)
                     ended = _now()
-            except (TimeoutError, StartError) as error:  # what it needs is away for another fault's sake
-                notes.append(f"not inflicted: {error}")
+            except NotInflictedError as error:  # what it needs is away for another fault's sake
+                notes(f"not inflicted: {error}")
+                inflicted = False
             finally:
                 del progress.now[fault.number]
                 progress.done += 1
             since = _now()
         # A worker that was added leaves at the end of its block, and what was stopped goes on: the fault is over then.
         ended = since if fault.length_s else ended
+        ended = notes.over_at or ended
         what = f"{fault.number:4} {fault.kind} {fault.target}"
-        progress.tell(f"{what} {(ended - started) / 1000:.1f} s {'; '.join(notes)[:150]}")
-        return Happened(fault.number, fault.kind, fault.target, started, ended, "; ".join(notes))
+        said = "; ".join(notes.said)
+        progress.tell(f"{what} {(since - started) / 1000:.1f} s {said[:150]}")
+        happened.append(Happened(fault.number, fault.kind, fault.target, started, ended, said, inflicted))
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(fault)) for fault in plan]
-    return [task.result() for task in tasks]
+        for fault in plan:
+            group.create_task(one(fault))
 
 
 async def _drain(home: Site) -> str:
     """Wait until every stage has done everything and everything is in ClickHouse; what is missing, if that never is."""
-    last, since = "", time.monotonic()
+    last, began = "", time.monotonic()
+    since = began
     while True:
         state = await collect(home.settings)
         lags = {stage["stage"]: stage["lag"] for stage in state["stages"] if stage["lag"] != 0}
@@ -195,7 +249,7 @@ async def _drain(home: Site) -> str:
         left = f"{lags} {missing} {state['problems']}"
         if left != last:
             last, since = left, time.monotonic()
-        if time.monotonic() - since > STUCK_S:
+        if time.monotonic() - since > STUCK_S or time.monotonic() - began > _PATIENCE_S:
             return left
         await asyncio.sleep(1)
 

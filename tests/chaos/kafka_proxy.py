@@ -11,6 +11,17 @@ _PRODUCE = b"\x00\x00"  # Kafka's api_key
 _GOODBYE_S = 2.0
 
 
+class Hold:
+    """Produce requests that come late, and how many they were."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.held = 0
+        """Produce requests that were held back."""
+        self.arrived = 0
+        """How many of them went on to the broker."""
+
+
 class _Connection:
     """One client's way to the broker."""
 
@@ -30,12 +41,8 @@ class KafkaProxy:
     def __init__(self, port: int) -> None:
         self._upstream = port
         self.port = 0
-        self.held = 0
-        """Produce requests that were held back."""
-        self.arrived = 0
-        """How many of them went on to the broker, or found it away."""
-        self._late: dict[int, float] = {}
-        """Seconds by which produce requests of a client's port come late."""
+        self._late: dict[int, Hold] = {}
+        """What holds produce requests of a client's port back."""
         self._connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -64,9 +71,13 @@ class KafkaProxy:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
-    def hold(self, peers: Collection[int], seconds: float) -> None:
+    def hold(self, peers: Collection[int], hold: Hold) -> None:
         """From now on produce requests from these ports arrive so much later, whether or not their process lives."""
-        self._late.update(dict.fromkeys(peers, seconds))
+        self._late.update(dict.fromkeys(peers, hold))
+
+    def release(self, hold: Hold) -> None:
+        """No further request comes late: other processes will have those ports. What is held arrives in its time."""
+        self._late = {port: other for port, other in self._late.items() if other is not hold}
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -96,31 +107,35 @@ class KafkaProxy:
 
     async def _requests(self, connection: _Connection, reader: asyncio.StreamReader) -> None:
         """Frames in order: what stands behind a late one waits with it."""
-        held: asyncio.Queue[tuple[float, bytes] | None] = asyncio.Queue()
+        held: asyncio.Queue[tuple[float, Hold | None, bytes] | None] = asyncio.Queue()
         sending = asyncio.create_task(self._send(held, connection.upstream))
         clock = asyncio.get_running_loop().time
         try:
             while True:
                 size = await reader.readexactly(4)
                 body = await reader.readexactly(int.from_bytes(size, "big"))
-                late = self._late.get(connection.peer, 0.0) if body[:2] == _PRODUCE else 0.0
-                self.held += late > 0
-                held.put_nowait((clock() + late if late else 0.0, size + body))
+                hold = self._late.get(connection.peer) if body[:2] == _PRODUCE else None
+                if hold is not None:
+                    hold.held += 1
+                held.put_nowait((clock() + hold.seconds if hold is not None else 0.0, hold, size + body))
         except (asyncio.IncompleteReadError, OSError):
             held.put_nowait(None)
             await sending  # what a dead client sent still arrives
         finally:
             sending.cancel()
 
-    async def _send(self, held: "asyncio.Queue[tuple[float, bytes] | None]", upstream: asyncio.StreamWriter) -> None:
+    async def _send(
+        self, held: "asyncio.Queue[tuple[float, Hold | None, bytes] | None]", upstream: asyncio.StreamWriter
+    ) -> None:
         clock = asyncio.get_running_loop().time
         with contextlib.suppress(OSError):
             while (item := await held.get()) is not None:
-                due, frame = item
+                due, hold, frame = item
                 await asyncio.sleep(max(0.0, due - clock()))
-                self.arrived += due > 0
                 upstream.write(frame)
                 await upstream.drain()
+                if hold is not None and not upstream.is_closing():
+                    hold.arrived += 1
             if upstream.can_write_eof():
                 upstream.write_eof()
 

@@ -35,6 +35,8 @@ class LlmProxy:
         """Questions that are always answered 500."""
         self.spoiled: Counter[str] = Counter()
         """How often each question was answered badly."""
+        self.misbehaved = 0
+        """How often the manner that was set spoiled an answer."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -78,6 +80,7 @@ class LlmProxy:
         manner = self._manner(asked)
         if asked and manner is not None:
             self.spoiled[asked] += 1
+            self.misbehaved += asked not in self.poisoned
         if manner == "errors":
             await _answer(writer, 500, b'{"error": {"message": "chaos"}}')
         elif manner == "hangs":
@@ -96,7 +99,7 @@ class LlmProxy:
                 await asyncio.gather(forwarding, gone, return_exceptions=True)
 
     def _manner(self, asked: str) -> Manner | None:
-        is_window = any(f"{camera}" in asked for camera in self._cameras)
+        is_window = any(camera in asked for camera in self._cameras)
         if self.poisoning and is_window and asked not in self.poisoned:
             self.poisoning -= 1
             self.poisoned.add(asked)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime, timedelta
@@ -9,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 import httpx
 
 from infra.config import Settings
+from schemas import ids
 from tests.e2e.installation import stamped
 
 # Between two frames of a camera. Three cameras then make about four frames a second, ten times less than two cores do.
@@ -33,7 +35,7 @@ class Load:
         self.put_off = 0
         """Uploads that had to be tried again: refused, or broken off."""
         self.refused: list[str] = []
-        """Uploads that were refused for good, which none should be."""
+        """Uploads that were refused for good, or answered as another frame; none should be."""
         self.looked: list[int] = []
         """When the page answered, ms since the Unix epoch."""
         self._stop = asyncio.Event()
@@ -67,11 +69,15 @@ class Load:
                         await self._stop.wait()
 
     async def _until_taken(self, client: httpx.AsyncClient, camera: str, body: bytes) -> str | None:
+        named = f"{camera}:{hashlib.sha256(body).hexdigest()[: ids.DIGEST_HEX]}"
         while True:
             with contextlib.suppress(httpx.TransportError):  # killed meanwhile; a camera tries again
                 answer = await client.post("/api/upload", params={"camera": camera}, content=body)
                 if answer.status_code == 200:
-                    return str(answer.json()["frame_id"])
+                    frame_id = str(answer.json()["frame_id"])
+                    if not frame_id.startswith(named):
+                        self.refused.append(f"upload of {named} was answered as {frame_id}")
+                    return frame_id
                 if answer.status_code not in {429, 503}:
                     self.refused.append(f"upload of {camera} refused: {answer.status_code} {answer.text[:200]}")
                     return None

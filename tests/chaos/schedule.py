@@ -5,6 +5,7 @@ the broker cannot be pulled off the wall while it is away.
 """
 
 import random
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -82,7 +83,8 @@ def plan(
 ) -> list[Planned]:
     """`n` faults in the order of their beginning. The same arguments make the same plan.
 
-    Each kind comes once before any comes by its weight, as far as `n` goes.
+    Each kind comes once before any comes by its weight, as far as `n` goes; and of what a kind may hit everything comes
+    once before anything comes again.
 
     Raises:
         KeyError: `only` names no kind.
@@ -93,12 +95,19 @@ def plan(
     chosen += rng.choices(kinds, [kind.weight for kind in kinds], k=n - len(chosen))
     rng.shuffle(chosen)
     free: dict[str, float] = {}
+    hits: Counter[tuple[str, str]] = Counter()
     found = []
     at = 0.0
     for kind in chosen:
         at += rng.uniform(0.2, 1.8) * gap_s
-        # The one that was longest at peace, of two that are drawn: else a long fault's resource is put off too far.
-        target = min(rng.choices(kind.targets, k=2), key=lambda name: free.get(name, 0.0))
+        # Of two that this kind hit least the one longest at peace: else a long fault's resource is put off too far.
+        drawn = rng.sample(kind.targets, len(kind.targets))
+        least = sorted(drawn, key=lambda name: hits[kind.name, name])
+        fewest = hits[kind.name, least[0]]
+        target = min(
+            [name for name in least[:2] if hits[kind.name, name] == fewest], key=lambda name: free.get(name, 0.0)
+        )
+        hits[kind.name, target] += 1
         length = min(rng.uniform(*kind.seconds), longest_s)
         begins = max(at, free.get(target, 0.0))
         free[target] = begins + length + REST_S

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from aiokafka.errors import KafkaError
 
 from infra.config import Settings
 from infra.installation import Installation
-from infra.local.process import Process, ProcessSpec, free_port
+from infra.local.process import Process, ProcessSpec, StartError, free_port
 from streams.kafka import Kafka
 from streams.survey import survey
 from tests.chaos.kafka_proxy import KafkaProxy
@@ -37,6 +38,10 @@ _FIRST_MORE = 1
 _LAST_MORE = 8
 
 
+class NotInflictedError(Exception):
+    """A fault could not be inflicted; the message says why."""
+
+
 class Site:
     """One installation, and the hands to hurt it with."""
 
@@ -47,6 +52,8 @@ class Site:
         self.llm = llm
         self._gates: dict[str, asyncio.Event] = {}
         self._more = _FIRST_MORE
+        self.kills: Counter[str] = Counter()
+        """SIGKILLs that reached a live process, by its name."""
 
     @property
     def log_dir(self) -> Path:
@@ -62,21 +69,40 @@ class Site:
         """The process id; waits for a process that is just down.
 
         Raises:
-            TimeoutError: it does not come back.
+            NotInflictedError: it does not come back.
         """
-        async with asyncio.timeout(_BACK_S):
-            while True:
-                pid = self.installation.stack.supervisor.pid(name)
-                if pid is not None and psutil.pid_exists(pid):
-                    return pid
-                await asyncio.sleep(0.05)
+        try:
+            async with asyncio.timeout(_BACK_S):
+                while True:
+                    pid = self.installation.stack.supervisor.pid(name)
+                    if pid is not None and _lives(pid):
+                        return pid
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise NotInflictedError(f"{name} was down for {_BACK_S:g} s") from None
 
     async def signal(self, name: str, number: signal.Signals) -> int:
-        """Send it; whom it reached."""
-        pid = await self.pid(name)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-        return pid
+        """Send it; whom it reached, which is a live process.
+
+        Raises:
+            NotInflictedError: there is none.
+        """
+        while True:
+            pid = await self.pid(name)
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:  # it ended by itself in this moment: its successor is meant
+                await asyncio.sleep(0.05)
+                continue
+            if number == signal.SIGKILL:
+                self.kills[name] += 1
+            return pid
+
+    def ended_by_themselves(self) -> dict[str, int]:
+        """How often processes were restarted without having been killed here, by name; zeros left out."""
+        processes = self.installation.stack.supervisor.state()["processes"]
+        own = {name: told["restarts"] - self.kills[name] for name, told in processes.items()}
+        return {name: count for name, count in sorted(own.items()) if count > 0}
 
     def hold_down(self, server: str) -> None:
         """From now on the server is not started again."""
@@ -88,7 +114,7 @@ class Site:
 
     async def gone(self, pid: int) -> None:
         """Wait until the process is no more."""
-        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        while _lives(pid):
             await asyncio.sleep(0.02)
 
     @contextlib.asynccontextmanager
@@ -96,14 +122,19 @@ class Site:
         """One more worker of the stage, a member of its group inside the block; SIGTERM at the end.
 
         Raises:
-            StartError: it could not join.
+            NotInflictedError: it could not join, or ended before it was told to.
         """
         index, self._more = self._more, self._more + 1 if self._more < _LAST_MORE else _FIRST_MORE
         spec = replace(self.installation._spec(stage, index, index + 1), ready_timeout=_JOIN_S)
         process = Process(spec, self.installation.stack.data_dir / "logs")
         try:
-            await process.start()
+            try:
+                await process.start()
+            except StartError as error:
+                raise NotInflictedError(str(error).split(". ", 1)[0]) from error
             yield process
+            if process.returncode is not None:
+                raise NotInflictedError(f"{spec.name} ended by itself with code {process.returncode}")
         finally:
             await process.stop()
             if spec.cleanup is not None:
@@ -130,6 +161,14 @@ class Site:
                 await prepare()
 
         return replace(spec, prepare=wait)
+
+
+def _lives(pid: int) -> bool:
+    """Whether the process is there, and not only what is left of it until its parent has looked."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.asynccontextmanager

@@ -28,6 +28,8 @@ class Happened(NamedTuple):
     """Milliseconds since the Unix epoch."""
     ended_at: int
     note: str = ""
+    inflicted: bool = True
+    """Whether it was what it is called: else it was tried, or was less, and `note` says why."""
 
 
 class Stall(NamedTuple):
@@ -41,9 +43,14 @@ class Stall(NamedTuple):
 
 
 def stalls(happened: Sequence[Happened], made: Mapping[str, Sequence[Made]]) -> list[Stall]:
-    """The silences after every fault, of every stage that it stood before; not of what nothing came after."""
+    """The silences after every fault, of every stage that it stood before; not of what nothing came after.
+
+    What was not inflicted has none, but may have disturbed others.
+    """
     found = []
     for fault in happened:
+        if not fault.inflicted:
+            continue
         for stage in _hit(fault):
             times = made.get(stage, ())
             at = bisect_right(times, fault.ended_at, key=lambda record: record.at)
@@ -73,10 +80,14 @@ def _disturbed(fault: Happened) -> tuple[str, ...]:
     return (name,) if name in PROCESSES else _STORES[name]
 
 
+def single(found: Sequence[Stall]) -> list[Stall]:
+    """Those after a fault of one process, with no other fault in the way."""
+    return [stall for stall in found if stall.alone and stall.fault.target.removesuffix("-more") in PROCESSES]
+
+
 def longest(found: Sequence[Stall]) -> Stall | None:
-    """The longest after a fault of one process, with no other fault in the way."""
-    single = [stall for stall in found if stall.alone and stall.fault.target.removesuffix("-more") in PROCESSES]
-    return max(single, key=lambda stall: stall.seconds, default=None)
+    """The longest of `single`."""
+    return max(single(found), key=lambda stall: stall.seconds, default=None)
 
 
 def by_kind(found: Sequence[Stall], *, alone: bool) -> dict[str, float]:

@@ -1,20 +1,24 @@
 """What the campaign's audit calls a violation, shown on a small log that is then spoiled in one place."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from infra.config import load
 from processors.batch.stage import build as build_batch
+from processors.store.audit import Report, Violation
 from schemas import ids
 from schemas.records import Batch, DeadLetter, Record
 from streams import codec
 from streams.messages import Incoming
 from streams.topics import STORED
 from tests import examples
-from tests.chaos.audit import CampaignAudit
+from tests.chaos import product
+from tests.chaos.audit import CampaignAudit, Counts, counted
 from tests.chaos.llm_proxy import question
 from tests.processors.batch_kit import DEFAULT, box, on_log, seen
 
@@ -40,7 +44,13 @@ def a_log() -> Log:
     ]
     contexts = [msgspec.structs.replace(examples.context, batch_id=b.batch_id, batch=b) for b in batches]
     events = [
-        msgspec.structs.replace(examples.risk_event, event_id=ids.event_id(b.batch_id), batch_id=b.batch_id)
+        msgspec.structs.replace(
+            examples.risk_event,
+            event_id=ids.event_id(b.batch_id),
+            batch_id=b.batch_id,
+            camera_id=b.camera_id,
+            frame_ids=tuple(frame.frame_id for frame in b.frames),
+        )
         for b in batches
     ]
     return {
@@ -60,11 +70,11 @@ def letter_for(place: int, **changes: object) -> DeadLetter:
     return msgspec.structs.replace(letter, **changes)
 
 
-def audit(log: Log, spoiled: int = 0) -> list[str]:
+def audit(log: Log, spoiled: int = 0, poisoned: Collection[str] = ()) -> list[str]:
     made = CampaignAudit(load())
     made.records = {topic: [incoming(topic, n, r) for n, r in enumerate(log.get(topic, []))] for topic in STORED}
     return made.check(
-        {record.frame_id: record.camera_id for record in a_log()["frames"]}, {question(MESSAGES): spoiled}
+        {record.frame_id: record.camera_id for record in a_log()["frames"]}, {question(MESSAGES): spoiled}, poisoned
     )
 
 
@@ -133,6 +143,64 @@ def test_a_camera_out_of_order_is_named(topic: str):
     log = a_log()
     log[topic].reverse()
     assert any("out of order" in line for line in audit(log))
+
+
+def test_a_window_that_was_never_answered_well_must_have_a_dead_letter():
+    log = a_log()
+    assert any("was never judged" in line for line in audit(log, poisoned=[question(MESSAGES)]))
+    del log["risk_events"][1]
+    log["dead_letters"] = [letter_for(1)]
+    assert audit(log, spoiled=3, poisoned=[question(MESSAGES)]) == []
+
+
+def test_a_batch_out_of_order_and_a_record_in_another_partition_are_named():
+    log = a_log()
+    for topic in ("batches", "contexts", "risk_events"):
+        log[topic].reverse()
+    assert sum(line.startswith("batches: ") for line in audit(log)) == 2
+    made = CampaignAudit(load())
+    made.records = {topic: [incoming(topic, n, r) for n, r in enumerate(a_log().get(topic, []))] for topic in STORED}
+    made.records["contexts"][1] = made.records["contexts"][1]._replace(partition=3)
+    accepted = {record.frame_id: record.camera_id for record in a_log()["frames"]}
+    assert made.check(accepted, {}) == ["contexts: contexts:e1:3:1 is in another partition than its camera"]
+
+
+def test_a_result_that_tells_of_something_else_than_its_batch_is_named():
+    log = a_log()
+    context, event = log["contexts"][0], log["risk_events"][1]
+    log["contexts"][0] = msgspec.structs.replace(context, batch=log["batches"][1])
+    log["risk_events"][1] = msgspec.structs.replace(event, frame_ids=event.frame_ids[:1])
+    assert [line.split()[0] for line in audit(log)] == ["context", "event"]
+
+
+def test_lines_are_counted_by_what_they_mean():
+    lines = ["frame a is lost", "event b is there 2 times", "frame c is in 2 batches", "unexplained dead letter d e: f"]
+    assert counted([*lines, "frame g came from nowhere"]) == Counts(1, 2, 1)
+
+
+def report(**other: Any) -> Report:
+    usual: dict[str, Any] = {"accepted": 7, "counts": {}, "violations": [], "in_flight": {"sink": 0}}
+    return Report(**usual | other)
+
+
+def test_the_products_own_audit_must_find_the_same():
+    none = Counts(0, 0, 0)
+    assert product.violations(report(), 7, none, 0) == []
+    lost = report(counts={"lost": 3}, violations=[Violation("lost", "frames:e1:0:1", "gone")])
+    assert [line.removeprefix(product.SAYS) for line in product.violations(lost, 7, none, 0)] == [
+        "lost frames:e1:0:1: gone",
+        "2 more",
+        "lost: 1, and 0 from outside",
+    ]
+    for spoiled, said in (
+        (product.violations(report(), 8, none, 0), "accepted: 7, and 8 from outside"),
+        (product.violations(report(), 7, Counts(5, 0, 0), 0), "lost: 0, and 1 from outside"),
+        (product.violations(report(), 7, Counts(0, 5, 0), 0), "duplicates: 0, and 1 from outside"),
+        (product.violations(report(), 7, none, 1), "dead letters: 0, and 1 from outside"),
+        (product.violations(report(in_flight={"sink": 2}), 7, none, 0), "2 in flight before sink after the drain"),
+        (product.violations(report(repeated=1), 7, none, 0), "sent again: 1, and 0 from outside"),
+    ):
+        assert spoiled == [product.SAYS + said]
 
 
 def test_a_name_that_is_not_of_its_content_is_named():

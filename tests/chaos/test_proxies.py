@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from tests.chaos.kafka_proxy import KafkaProxy
+from tests.chaos.kafka_proxy import Hold, KafkaProxy
 from tests.chaos.llm_proxy import LlmProxy, Manner, question
 
 WINDOW = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "north-yard at noon"}]}
@@ -116,19 +116,24 @@ async def test_produce_requests_of_a_client_that_died_arrive_late_and_those_of_o
     async with kafka(server) as proxy:
         _, dying = await asyncio.open_connection("127.0.0.1", proxy.port)
         reader, living = await asyncio.open_connection("127.0.0.1", proxy.port)
-        proxy.hold([dying.get_extra_info("sockname")[1]], 0.5)
+        hold = Hold(0.5)
+        proxy.hold([dying.get_extra_info("sockname")[1]], hold)
         dying.write(frame(b"\0\0produce"))
         async with asyncio.timeout(5):
-            while not proxy.held:
+            while not hold.held:
                 await asyncio.sleep(0.01)
         dying.transport.abort()
+        proxy.release(hold)
         living.write(frame(b"\0\0produce of another"))
         assert await reader.readexactly(20) == b"\0\0produce of another"
         assert server.frames == [b"\0\0produce of another"]
         async with asyncio.timeout(5):
             while len(server.frames) < 2:
                 await asyncio.sleep(0.01)
-        assert (server.frames[1], proxy.held, proxy.arrived) == (b"\0\0produce", 1, 1)
+        assert (server.frames[1], hold.held) == (b"\0\0produce", 1)
+        async with asyncio.timeout(5):
+            while not hold.arrived:
+                await asyncio.sleep(0.01)
         living.close()
 
 

@@ -1,7 +1,7 @@
 """The schedule is a pure function of the count and the seed."""
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 
@@ -18,6 +18,17 @@ def test_every_kind_comes_before_any_comes_by_its_weight(seed: int):
     kinds = Counter(fault.kind for fault in plan(100, seed))
     assert set(kinds) == set(KINDS)
     assert len(plan(len(KINDS), seed)) == len({fault.kind for fault in plan(len(KINDS), seed)})
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_forty_faults_have_every_kind_and_a_hundred_all_that_a_kind_may_hit(seed: int):
+    assert {fault.kind for fault in plan(40, seed)} == set(KINDS)
+    hits: dict[str, Counter[str]] = defaultdict(Counter)
+    for fault in plan(100, seed):
+        hits[fault.kind][fault.target] += 1
+    for kind, targets in hits.items():
+        each = [targets[name] for name in KINDS[kind].targets]
+        assert max(each) - min(each) <= 1, f"{kind} hits some again before it has hit all"
 
 
 @pytest.mark.parametrize("seed", range(20))

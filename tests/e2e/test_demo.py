@@ -94,7 +94,7 @@ async def moves_as_the_second_prompt_says(settings: Settings) -> None:
     partitions = [TopicPartition("contexts", number) for number in range(settings.kafka.partitions)]
     contexts = [codec.decode(r, Context) for r in await kafka.read(partitions) if Tick.of(r) is None]
     llm = OpenAiLlm(settings.llm)
-    judge = Judge(llm, settings.llm)
+    judge = Judge([llm], settings.llm)
     rows, as_it_says, flipped = [], 0, 0
     versions = ((prompts.default(), Policy()), (second_version(), Policy(deliveries=True, strict_night=True)))
     for context in contexts:

@@ -27,6 +27,7 @@ ROWS = {
         },
         {"camera_id": "yard", "event_id": "yard:9d00aa:live", "risk_score": 3, "risk_level": "low", "summary": "A cat"},
     ],
+    "FROM prompts": [{"digest": "3fa9c1d2e3f4a5b6", "name": "shop", "comment": "a shop"}],
     "FROM dead_letters": [{"origin": "frames:3f2a:0:1", "stage": "detect", "message": "no image"}],
 }
 
@@ -80,6 +81,9 @@ def tab(line: str, **environment: str) -> list[str]:
         ("rewatch events show 7", ["7c1b22"]),
         ("rewatch explain yard:9", ["yard:9d00aa:live"]),
         ("rewatch dlq show fr", ["frames:3f2a:0:1"]),
+        ("rewatch prompt show ", ["active", "default", "deliveries-strict-nights", "shop"]),
+        ("rewatch prompt promote 3f", ["3fa9c1d2e3f4"]),
+        ("rewatch prompt diff default sh", ["shop"]),
     ],
 )
 def test_tab_completes(line: str, offered: list[str], url: str) -> None:

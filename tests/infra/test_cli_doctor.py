@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from infra import gpus
 from infra.checks import keys, machine, models, services, work
 from infra.checks.check import Check, Context
 from infra.checks.examine import CHECKS
@@ -240,7 +241,7 @@ def test_an_llm_that_is_no_gguf_file_fails(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_a_gpu_that_is_asked_for_and_not_there_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_gpus", lambda: "no NVIDIA GPU (driver not loaded)")
+    monkeypatch.setattr(gpus, "driver_found", lambda: False)
     assert "on the CPU" in check("gpu", 0)["found"]
     monkeypatch.setenv("REWATCH_DETECTOR__DEVICE", "cuda")
     assert "detector.device" in check("gpu", 1)["found"]

@@ -145,7 +145,8 @@ def test_status_while_everything_is_away_says_so_and_shows_no_tables_of_nothing(
     result = invoke("status")
     assert result.exit_code == 3
     assert result.stdout.startswith("nothing is run here by `rewatch up`")
-    assert len(result.stdout.splitlines()) == 1
+    [_, gpu] = result.stdout.splitlines()
+    assert gpu.startswith("gpu: ")
     assert "kafka.bootstrap_servers" in result.stderr
     assert "clickhouse.url" in result.stderr
     report("analyze")  # of what is known it tells

@@ -1,56 +1,18 @@
-"""What the installation asks of its stages: who has fallen silent, whatever the wall clock does."""
+"""What the installation tells of its stages, and how one starts without its broker."""
 
+import asyncio
 import json
 import os
 from pathlib import Path
 
 import psutil
+import pytest
 
 from infra import topology
 from infra.config import load
-from infra.installation import Watchdog
-from streams.liveness import STALL_S
-
-
-class Clock:
-    """A monotonic clock that a test moves."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def report(status: Path, *, at: float, stall: str | None = None) -> None:
-    status.write_text(json.dumps({"stall": stall}))
-    os.utime(status, (at, at))
-
-
-async def test_a_stage_that_stops_reporting_is_stalled(tmp_path: Path) -> None:
-    status, clock = tmp_path / "detect.json", Clock()
-    watchdog = Watchdog(status, clock)
-    assert await watchdog.stalled() is None  # it has not begun
-    report(status, at=5_000)
-    assert await watchdog.stalled() is None
-    clock.now += STALL_S + 1
-    assert "has not ticked for 46 s" in (await watchdog.stalled() or "")
-    report(status, at=5_001)
-    assert await watchdog.stalled() is None
-
-
-async def test_a_wall_clock_that_jumps_is_no_silence(tmp_path: Path) -> None:
-    status, clock = tmp_path / "detect.json", Clock()
-    watchdog = Watchdog(status, clock)
-    for at in (5_000, 5_000 + 86_400, 5_000 - 86_400):
-        report(status, at=at)
-        assert await watchdog.stalled() is None
-        clock.now += 1
-
-
-async def test_a_stage_that_says_that_it_is_stalled_is_believed(tmp_path: Path) -> None:
-    status = tmp_path / "detect.json"
-    report(status, at=5_000, stall="frames-0 has not advanced")
-    assert await Watchdog(status, Clock()).stalled() == "frames-0 has not advanced"
+from infra.installation import member_name
+from infra.local.process import free_port
+from streams.liveness import read_report
 
 
 def test_what_should_be_at_work_here_is_what_has_been_started(tmp_path: Path) -> None:
@@ -76,3 +38,29 @@ def test_what_should_be_at_work_here_is_what_has_been_started(tmp_path: Path) ->
     (tmp_path / "run.json").write_text(json.dumps(run))
     assert set(topology.expected(settings)) == {"ingest", "detect", "batch", "analyze", "sink"}
     assert topology.expected(settings)["batch"] == "batch.log"
+
+
+def test_no_two_processes_have_the_same_name_in_a_group(tmp_path: Path) -> None:
+    here, there = (load().model_copy(update={"data_dir": tmp_path / place}) for place in ("here", "there"))
+    names = [member_name(where, "batch", index) for where in (here, there) for index in range(2)]
+    assert len(set(names)) == 4
+    assert names[0] == member_name(here, "batch", 0), "a restarted process has the name that it had"
+
+
+async def test_a_stage_that_waits_for_its_broker_says_so_and_can_be_stopped(tmp_path: Path) -> None:
+    settings = load()
+    away = settings.kafka.model_copy(update={"bootstrap_servers": f"127.0.0.1:{free_port()}"})
+    settings = settings.model_copy(update={"data_dir": tmp_path, "kafka": away})
+    status, stop = tmp_path / "enrich.json", asyncio.Event()
+
+    async def stop_once_said() -> None:
+        async with asyncio.timeout(30):
+            while (read_report(status) or {}).get("waiting_on") != ["broker"]:
+                await asyncio.sleep(0.05)
+        stop.set()
+
+    said = asyncio.create_task(stop_once_said())
+    with pytest.raises(SystemExit):
+        await topology.run(settings, "enrich", stop, status, metrics_port=0)
+    await said
+    assert not status.exists()

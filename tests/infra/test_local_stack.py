@@ -163,8 +163,25 @@ async def test_an_own_llama_server_gets_the_same_settings(tmp_path, model):
     assert await process.wait() == 0
     said = process.log_tail()
     assert "key k args" in said
-    for flag in ("--port 4711", "--ctx-size 512", "--parallel 1", "--threads 3", "--seed 5", "--no-cache-prompt"):
+    flags = (
+        "--port 4711",
+        "--ctx-size 512",
+        "--parallel 1",
+        "--threads 3",
+        "--poll 0",
+        "--seed 5",
+        "--no-cache-prompt",
+    )
+    for flag in flags:
         assert flag in said
+
+
+def test_one_core_is_left_to_others_where_nobody_says_how_many_threads(monkeypatch):
+    for usable, physical, threads in ((1, 1, 1), (2, 2, 1), (4, 8, 3), (16, 8, 7), (3, None, 2)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, usable=usable: range(usable))
+        monkeypatch.setattr("psutil.cpu_count", lambda logical, physical=physical: physical)
+        assert llama.threads_of(0) == threads
+        assert llama.threads_of(5) == 5
 
 
 async def test_a_missing_model_names_the_setting(tmp_path):

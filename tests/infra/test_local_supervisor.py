@@ -148,6 +148,42 @@ async def test_a_stalled_child_is_restarted(tmp_path):
         await until(lambda: running.pid("child") not in {None, before})
 
 
+async def test_a_stalled_child_is_not_waited_for_as_one_that_is_asked_to_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr("infra.local.supervisor.STALLED_STOP_SECONDS", 0.1)
+    deaf = python("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)")
+    stalled = []
+
+    async def answer():
+        return stalled.pop() if stalled else None
+
+    spec = ProcessSpec("child", deaf, stalled=answer, stop_timeout=600)
+    async with asyncio.timeout(60), Supervisor(tmp_path, [spec], watch=0.02) as running:
+        before = running.pid("child")
+        stalled.append("position 5 for 60 s")
+        await until(lambda: running.pid("child") not in {None, before})
+        os.kill(running.pid("child"), signal.SIGKILL)
+
+
+async def test_a_stopped_child_is_woken_to_end_in_order(tmp_path):
+    notes = tmp_path / "notes"
+    child = python(
+        "import signal, sys, time\n"
+        f"def end(*_): open({str(notes)!r}, 'a').write(' ended'); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        f"open({str(notes)!r}, 'a').write('up')\n"
+        "while True: time.sleep(0.05)"
+    )
+
+    async def up():
+        return marks(notes) == ["up"]
+
+    running = Supervisor(tmp_path, [ProcessSpec("child", child, ready=up, stop_timeout=60)])
+    await running.start()
+    os.kill(running.pid("child"), signal.SIGSTOP)
+    await running.stop()
+    assert marks(notes) == ["up", "ended"]
+
+
 async def test_a_watchdog_that_cannot_tell_restarts_nothing(tmp_path):
     asked = []
 

@@ -173,6 +173,7 @@ class RudeServer:
             replying.cancel()
             raise Die
         gone.cancel()
+        await asyncio.wait({gone})
         status, content = replying.result()
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (status, len(data)) + data)

@@ -3,14 +3,14 @@
 import asyncio
 import itertools
 import json
+import time
 from collections.abc import Sequence
 
 import pytest
 
 from processors.analyze.fakes import FakeLlm
-from processors.analyze.gate import SlotGate
 from processors.analyze.judge import CANARY, Judge
-from processors.analyze.llm import AttemptError, Completion
+from processors.analyze.port import AttemptError, Completion
 from processors.analyze.settings import LlmSettings
 from processors.analyze.stage import build
 from schemas import prompts
@@ -58,7 +58,7 @@ class Script:
 
 def judge_with(llm, **changes) -> Judge:
     ticks = itertools.count()
-    return Judge(llm, settings(**changes), wall=lambda: 42, clock=lambda: next(ticks) / 1000)
+    return Judge([llm], settings(**changes), wall=lambda: 42, clock=lambda: next(ticks) / 1000)
 
 
 def died():
@@ -88,6 +88,7 @@ async def test_a_good_answer_is_an_event_with_its_lineage():
     assert (event.model, event.model_digest) == ("fake", "f" * 64)
     assert event.queued_ms > 0
     assert event.conditions == {
+        "endpoint": "fake",
         "slots": "2",
         "context_size": "4096",
         "prompt_cache": "on",
@@ -119,7 +120,7 @@ async def test_an_unusable_answer_is_sent_back_once_with_what_is_wrong():
 
 async def test_twice_unusable_is_a_dead_letter_with_the_raw_text_and_never_a_score():
     script = Script(item=["gibberish one", "gibberish two"])
-    with pytest.raises(UnprocessableError, match=r"unusable: it is not JSON") as caught:
+    with pytest.raises(UnprocessableError, match=r"unusable: it holds no JSON object") as caught:
         await judge_with(FakeLlm(script)).judge(ITEM, DEFAULT, key="k")
     assert script.asked == ["item", "item", "canary"]
     detail = json.loads(caught.value.detail)
@@ -160,8 +161,44 @@ async def test_three_failures_beside_good_canaries_are_a_dead_letter(failure):
 
 
 async def test_a_hang_says_which_deadline_it_missed():
-    with pytest.raises(UnprocessableError, match=r"hung: no answer within 0\.05 s \(llm\.deadline_s\)"):
+    with pytest.raises(UnprocessableError, match=r"hung: no answer within 0\.045 s \(llm\.deadline_s"):
         await judge_with(FakeLlm(Script(item=[hang]))).judge(ITEM, DEFAULT, key="k")
+
+
+async def test_the_deadline_covers_every_attempt_of_a_window_that_hangs():
+    judge = Judge([FakeLlm(Script(item=[hang]))], settings(deadline_s=2.0))
+    began = time.monotonic()
+    with pytest.raises(UnprocessableError) as caught:
+        await judge.judge(ITEM, DEFAULT, key="k")
+    took = time.monotonic() - began
+    limits = [failure["message"].split()[3] for failure in json.loads(caught.value.detail)["attempts"]]
+    assert limits == ["1.8", "0.2", "0.2"]
+    assert took < 2.2 + 0.5
+
+
+async def test_on_a_slow_server_a_window_that_hung_by_chance_has_the_time_that_it_needs():
+    async def slow(_):
+        await asyncio.sleep(0.1)
+        return answer()
+
+    async def slower(_):
+        await asyncio.sleep(0.3)
+        return answer()
+
+    script = Script(item=[hang, slower], canary=[slow])
+    assert (await Judge([FakeLlm(script)], settings(deadline_s=1.0)).judge(ITEM, DEFAULT, key="k")).risk_score == 71
+
+
+async def test_a_prompt_promoted_after_a_window_hung_judges_it():
+    script = Script(item=[hang, UnavailableError("llm", "connection refused"), answer()])
+    judge = judge_with(FakeLlm(script))
+    with pytest.raises(UnavailableError):
+        await judge.judge(ITEM, DEFAULT, key="k")
+    promoted = PromptVersion(
+        template=DEFAULT.template, output_schema=DEFAULT.output_schema, parameters=f"{DEFAULT.parameters} "
+    )
+    assert promoted.digest != DEFAULT.digest
+    assert (await judge.judge(ITEM, promoted, key="k")).risk_score == 71
 
 
 async def test_a_refused_request_is_not_repeated():
@@ -354,7 +391,7 @@ async def test_sections_are_dropped_until_the_prompt_fits_beside_the_answer():
     llm = FakeLlm(Script(), context_size=400 + 1200)
     event = await judge_with(llm).judge(item, DEFAULT, key="k")
     assert event.dropped_sections == ("memory", "captions")
-    assert "zones: z" in llm.asked[0][1].content
+    assert 'zones: "z' in llm.asked[0][1].content
     assert "memory" not in llm.asked[0][1].content
 
 
@@ -418,61 +455,3 @@ async def test_bytes_that_are_no_context_are_a_dead_letter():
 
 def test_the_canary_is_news_at_noon():
     assert CANARY.batch.frames[0].boxes[0].label == "person"
-
-
-async def test_gate_serves_in_order_and_all_slots_wait_for_all():
-    gate = SlotGate(2, lambda: 0.0)
-    order: list[str] = []
-    done = {name: asyncio.Event() for name in "abcd"}
-
-    async def enter(name, *, alone=False):
-        async with gate.hold(alone=alone):
-            order.append(name)
-            await done[name].wait()
-
-    tasks = [asyncio.create_task(enter(name, alone=name == "b")) for name in "abcd"]
-    for _ in range(5):
-        await asyncio.sleep(0)
-    assert order == ["a"], "b wants every slot, and c and d do not overtake it"
-    done["a"].set()
-    for _ in range(5):
-        await asyncio.sleep(0)
-    assert order == ["a", "b"]
-    done["b"].set()
-    for _ in range(5):
-        await asyncio.sleep(0)
-    assert order == ["a", "b", "c", "d"]
-    done["c"].set()
-    done["d"].set()
-    await asyncio.gather(*tasks)
-
-
-async def test_a_waiter_cancelled_in_the_moment_of_its_turn_gives_it_on():
-    gate = SlotGate(1, lambda: 0.0)
-
-    async def enter():
-        async with gate.hold():
-            pass
-
-    async with gate.hold():
-        second, third = asyncio.create_task(enter()), asyncio.create_task(enter())
-        await asyncio.sleep(0)
-    second.cancel()  # its turn was given when the block ended; it has not run since
-    await asyncio.wait_for(third, 5)
-    assert second.cancelled()
-
-
-async def test_a_cancelled_waiter_for_all_slots_lets_those_behind_it_in():
-    gate = SlotGate(2, lambda: 0.0)
-    entered = asyncio.Event()
-
-    async def enter(*, alone=False):
-        async with gate.hold(alone=alone):
-            entered.set()
-
-    async with gate.hold():
-        everything, one = asyncio.create_task(enter(alone=True)), asyncio.create_task(enter())
-        await asyncio.sleep(0)
-        assert not entered.is_set()
-        everything.cancel()
-        await asyncio.wait_for(one, 5)

@@ -7,9 +7,11 @@ import socket
 import pytest
 
 from processors.analyze.judge import Judge
-from processors.analyze.llm import AttemptError, OpenAiLlm, WeightsDigest
+from processors.analyze.llm import OpenAiLlm
+from processors.analyze.port import AttemptError
 from processors.analyze.settings import LlmSettings
 from processors.analyze.stage import build
+from processors.analyze.weights import WeightsDigest
 from schemas import prompts
 from schemas.prompts import Message
 from schemas.records import RiskEvent
@@ -46,7 +48,8 @@ async def test_the_request_is_what_llama_cpp_and_vllm_read_and_the_answer_is_rea
         "temperature": 0,
         "seed": 7,
         "max_tokens": 9,
-        "stream": False,
+        "stream": True,
+        "stream_options": {"include_usage": True},
         "response_format": {
             "type": "json_schema",
             "json_schema": {"name": "verdict", "strict": True, "schema": SCHEMA},
@@ -215,7 +218,7 @@ async def test_the_digest_is_of_the_file_that_the_server_says_it_runs(tmp_path):
     other.write_bytes(b"other")
     async with RudeServer(good).running() as url:
         for path, digest in ((mine, hashlib.sha256(b"mine").hexdigest()), (other, "")):
-            llm = OpenAiLlm(settings(url), path)
+            llm = OpenAiLlm(settings(url), WeightsDigest(path))
             assert (await llm.server()).model_digest == digest
             await llm.close()
 
@@ -350,5 +353,58 @@ async def test_a_server_that_hangs_as_a_whole_is_found_out_before_the_next_deadl
         chosen = settings(f"http://127.0.0.1:{silent.getsockname()[1]}", deadline_s=600, connect_timeout_s=0.1)
         llm = OpenAiLlm(chosen)
         with pytest.raises(UnavailableError, match="ReadTimeout"):
-            await Judge(llm, chosen).judge(ITEMS["good"], prompts.default(), key="k")
+            await Judge([llm], chosen).judge(ITEMS["good"], prompts.default(), key="k")
         await llm.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "urls"),
+    [
+        ("http://a:1, http://b:2/v1/", ("http://a:1", "http://b:2")),
+        (["http://a:1/", "https://b", "http://a:1"], ("http://a:1", "https://b")),
+    ],
+)
+def test_several_addresses_are_a_list_or_a_text_with_commas(given, urls):
+    assert LlmSettings(url=given).urls == urls
+
+
+@pytest.mark.parametrize("given", ["", [], ["localhost"], [5], None])
+def test_addresses_that_are_none_are_refused(given):
+    with pytest.raises(ValueError, match="url"):
+        LlmSettings(url=given)
+
+
+async def test_what_is_secret_in_an_address_is_in_no_event():
+    async with RudeServer(good).running() as url:
+        llm = OpenAiLlm(settings(url.replace("http://", "http://me:hunter2@")))
+        assert llm.name == url
+        await llm.close()
+
+
+@pytest.mark.parametrize(
+    ("pages", "context_size", "build"),
+    [
+        (
+            {
+                "/api/ps": {"models": [{"name": "other", "context_length": 9}, {"name": "m", "context_length": 2048}]},
+                "/api/version": {"version": "0.20.3"},
+            },
+            2048,
+            "0.20.3",
+        ),
+        ({"/api/ps": {"models": []}}, 4096, ""),
+        ({"/api/v0/models": {"data": [{"id": "m", "state": "loaded", "loaded_context_length": 3000}]}}, 3000, ""),
+        ({"/api/v0/models": {"data": [{"id": "m", "state": "not-loaded", "max_context_length": 9000}]}}, 4096, ""),
+        ({"/version": {"version": "0.15.0"}}, 4096, "0.15.0"),
+    ],
+    ids=["ollama", "ollama, not loaded", "lm studio", "lm studio, not loaded", "vllm"],
+)
+async def test_what_other_servers_tell_of_themselves_is_read(pages, context_size, build):
+    rude = RudeServer(good)
+    rude.pages = {"/v1/models": (200, {"data": [{"id": "m"}, {"id": "n"}]})}
+    rude.pages |= {path: (200, page) for path, page in pages.items()}
+    async with rude.running() as url:
+        llm = OpenAiLlm(settings(url))
+        found = await llm.server()
+        await llm.close()
+    assert (found.model, found.slots, found.context_size, found.build) == ("m", 0, context_size, build)

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,11 +20,15 @@ from infra import models
 from infra.local.process import free_port
 from infra.models import analyst_data
 from processors.analyze import core
+from processors.analyze import llm as llm_module
+from processors.analyze.gate import Priority
 from processors.analyze.judge import CANARY, Judge
-from processors.analyze.llm import AttemptError, OpenAiLlm
+from processors.analyze.llm import OpenAiLlm
+from processors.analyze.port import AttemptError
 from processors.analyze.settings import LlmSettings
+from processors.analyze.weights import WeightsDigest
 from schemas import prompts
-from schemas.prompts import Message
+from schemas.prompts import Message, sampling
 from schemas.records import RiskEvent
 from streams.errors import UnavailableError
 from tests.infra.tiny_gguf import write_tiny_gguf
@@ -75,7 +80,7 @@ async def test_the_grammar_holds_a_random_model_to_the_schema_and_the_scores_ran
     names = ("recommended_action", "risk_score")
     schema = {"type": "object", "properties": {name: default[name] for name in names}, "required": list(names)}
     async with served(tiny, port):
-        llm = OpenAiLlm(settings(port), tiny)
+        llm = OpenAiLlm(settings(port), WeightsDigest(tiny))
         server = await llm.server()
         assert (server.model, server.slots, server.context_size) == ("tiny", SLOTS, CTX // SLOTS)
         assert server.model_digest == hashlib.sha256(tiny.read_bytes()).hexdigest()
@@ -98,9 +103,9 @@ async def test_what_the_servers_own_parser_trips_over_is_waited_out_where_the_ca
     port = free_port()
     async with served(tiny, port):
         chosen = settings(port)
-        llm = OpenAiLlm(chosen, tiny)
+        llm = OpenAiLlm(chosen, WeightsDigest(tiny))
         with pytest.raises(UnavailableError, match="does not judge the canary"):
-            await Judge(llm, chosen).judge(context(), prompts.default(), key="k")
+            await Judge([llm], chosen).judge(context(), prompts.default(), key="k")
         await llm.close()
 
 
@@ -156,8 +161,8 @@ async def test_the_demo_analyst_judges_windows_that_it_never_saw_and_the_lineage
     windows = [training_window(seed) for seed in range(24)]
     async with served(ANALYST, port):
         chosen = settings(port)
-        llm = OpenAiLlm(chosen, ANALYST)
-        judge = Judge(llm, chosen)
+        llm = OpenAiLlm(chosen, WeightsDigest(ANALYST))
+        judge = Judge([llm], chosen)
         events = await asyncio.gather(
             *(judge.judge(as_context(w), prompts.default(), key=str(i)) for i, w in enumerate(windows))
         )
@@ -191,8 +196,8 @@ async def test_a_server_killed_with_a_request_in_hand_is_waited_for_and_the_item
     async with contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(served(ANALYST, port))
         chosen = settings(port, connect_timeout_s=1.0)
-        llm = OpenAiLlm(chosen, ANALYST)
-        judge = Judge(llm, chosen)
+        llm = OpenAiLlm(chosen, WeightsDigest(ANALYST))
+        judge = Judge([llm], chosen)
         await judged(judge, CANARY)
         items = [as_context(training_window(seed)) for seed in (1, 2)]
         os.kill(server.pid, signal.SIGSTOP)
@@ -212,8 +217,8 @@ async def test_a_server_that_stops_answering_is_waited_for():
     port = free_port()
     async with served(ANALYST, port) as server:
         chosen = settings(port, deadline_s=1.0, connect_timeout_s=0.3)
-        llm = OpenAiLlm(chosen, ANALYST)
-        judge = Judge(llm, chosen)
+        llm = OpenAiLlm(chosen, WeightsDigest(ANALYST))
+        judge = Judge([llm], chosen)
         await judged(judge, CANARY)
         os.kill(server.pid, signal.SIGSTOP)
         item = as_context(training_window(random.Random(0).randrange(100)))
@@ -225,3 +230,140 @@ async def test_a_server_that_stops_answering_is_waited_for():
         event = await asyncio.wait_for(judged(judge, item), 30)
         await llm.close()
     assert event.batch_id == item.batch_id
+
+
+async def busy_slots(port: int) -> int:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        slots = (await client.get(f"http://127.0.0.1:{port}/slots")).json()
+    return sum(slot["is_processing"] for slot in slots)
+
+
+async def test_hanging_up_frees_the_slot_at_once_and_what_was_said_is_known():
+    port = free_port()
+    numbers = {"type": "array", "items": {"type": "integer"}, "minItems": 300}
+    endless = {"type": "object", "properties": {"a": numbers}, "required": ["a"]}
+    async with served(ANALYST, port):
+        llm = OpenAiLlm(settings(port))
+        heard: list[str] = []
+        asking = [
+            asyncio.create_task(llm.complete(CHAT, endless, {"max_tokens": 900, "temperature": 0}, heard.append))
+            for _ in range(SLOTS)
+        ]
+        while len(heard) < 20 or await busy_slots(port) < SLOTS:
+            assert not any(task.done() for task in asking)
+            await asyncio.sleep(0.001)
+        for task in asking:
+            task.cancel()
+        began = time.perf_counter()
+        await asyncio.gather(*asking, return_exceptions=True)
+        cancelled = time.perf_counter() - began
+        while await busy_slots(port):
+            await asyncio.sleep(0.001)
+        freed = time.perf_counter() - began
+        await llm.close()
+    print(f"\ncancelled in {cancelled * 1000:.1f} ms, slots free after {freed * 1000:.0f} ms")
+    assert cancelled < 0.5
+    assert freed < 2.0
+    assert "".join(heard)
+
+
+async def test_a_replay_call_gives_its_slot_to_live_work_on_the_real_server():
+    port = free_port()
+    items = [as_context(training_window(seed)) for seed in range(SLOTS + 1)]
+    async with served(ANALYST, port):
+        judge = Judge([OpenAiLlm(settings(port))], settings(port))
+        await judged(judge, CANARY)
+        replays = [
+            asyncio.create_task(
+                judge.judge(item, prompts.default(), key=item.batch_id, run="r", priority=Priority.REPLAY)
+            )
+            for item in items[:SLOTS]
+        ]
+        while await busy_slots(port) < SLOTS:
+            await asyncio.sleep(0.001)
+        live = await judge.judge(items[SLOTS], prompts.default(), key="live")
+        assert live.queued_ms < 2000
+        assert not all(task.done() for task in replays)
+        assert [event.run for event in await asyncio.gather(*replays)] == ["r"] * SLOTS
+        await judge.close()
+
+
+async def test_every_sampling_parameter_is_taken_by_the_server_and_holds():
+    port = free_port()
+    asked = {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 5,
+        "min_p": 0.01,
+        "seed": 7,
+        "max_tokens": 60,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "stop": ["factors"],
+        "cache_prompt": False,
+    }
+    assert sampling.problem(asked) is None
+    messages = next(core.renderings(as_context(training_window(3)), prompts.default())).messages
+    async with served(ANALYST, port):
+        llm = OpenAiLlm(settings(port))
+        found = [
+            await llm.complete(messages, prompts.default().schema, asked | changes)
+            for changes in ({}, {}, {"max_tokens": 3})
+        ]
+        async with httpx.AsyncClient(trust_env=False) as client:
+            slots = (await client.get(f"http://127.0.0.1:{port}/slots")).json()
+        await llm.close()
+    held = next(slot["params"] for slot in slots if "params" in slot)
+    assert {name: round(held[name], 3) for name in ("top_p", "top_k", "min_p", "presence_penalty")} == {
+        "top_p": 0.9,
+        "top_k": 5,
+        "min_p": 0.01,
+        "presence_penalty": 0.5,
+    }
+    assert found[0].text == found[1].text
+    assert found[2].completion_tokens == 3
+    assert not found[0].cut_off
+    assert found[0].text.endswith('"risk_'), "it stopped before what it was to stop at"
+
+
+async def test_streamed_and_whole_answers_say_the_same_and_count_the_same(monkeypatch):
+    port = free_port()
+    messages = next(core.renderings(as_context(training_window(3)), prompts.default())).messages
+    parameters = {"temperature": 0, "max_tokens": 400, "cache_prompt": False}
+    async with served(ANALYST, port):
+        found = []
+        for quick_s in (0.0, 60.0):
+            monkeypatch.setattr(llm_module, "_QUICK_S", quick_s)
+            llm = OpenAiLlm(settings(port))
+            pieces: list[str] = []
+            await llm.complete(CHAT, {"type": "object"}, {"max_tokens": 4, "temperature": 0})
+            found.append(await llm.complete(messages, prompts.default().schema, parameters, pieces.append))
+            assert "".join(pieces) == found[-1].text
+            assert (len(pieces) > 10) == (quick_s == 0.0), "the first was streamed, the second came whole"
+            await llm.close()
+    streamed, whole = (one._replace(inference_ms=0.0) for one in found)
+    assert streamed == whole
+    assert streamed.prompt_tokens > 0 < streamed.completion_tokens
+
+
+async def test_of_two_servers_one_is_killed_under_load_and_every_window_has_one_event():
+    ports = [free_port(), free_port()]
+    items = [as_context(training_window(seed)) for seed in range(40)]
+    async with contextlib.AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(served(ANALYST, port)) for port in ports]
+        chosen = settings(0, url=[f"http://127.0.0.1:{port}" for port in ports], slots=None, connect_timeout_s=2.0)
+        judge = Judge([OpenAiLlm(chosen, url=url) for url in chosen.urls], chosen)
+        tasks = [asyncio.create_task(judged(judge, item)) for item in items]
+        while await busy_slots(ports[0]) < SLOTS or sum(task.done() for task in tasks) < 8:
+            await asyncio.sleep(0.01)
+        servers[0].kill()
+        events = await asyncio.gather(*tasks)
+        assert judge.gate.slots == 2 * SLOTS
+        names = [event.conditions["endpoint"] for event in events]
+        assert set(names) == set(chosen.urls), "both judged"
+        assert [event.batch_id for event in events] == [item.batch_id for item in items]
+        await stack.enter_async_context(served(ANALYST, ports[0]))
+        async with asyncio.timeout(60):
+            while (await judged(judge, items[0])).conditions["endpoint"] != chosen.urls[0]:
+                await asyncio.sleep(0.05)
+        await judge.close()

@@ -3,13 +3,10 @@
 import asyncio
 import hashlib
 import io
-import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
 import msgspec
 import numpy as np
 import pytest
@@ -17,14 +14,13 @@ from PIL import Image
 
 from processors.detect.core import MAX_BOXES, best_boxes, decode_image
 from processors.detect.detector import Batcher, FakeDetector
-from processors.detect.http_detector import HttpDetector
 from processors.detect.settings import DetectorSettings
 from processors.detect.stage import DetectStage
 from schemas import ids
 from schemas.records import Box, Detections, Frame
 from streams import codec
 from streams.claims import ClaimStore
-from streams.errors import UnavailableError, UnprocessableError
+from streams.errors import UnprocessableError
 from streams.messages import Emit, Incoming, Tick
 
 
@@ -162,38 +158,6 @@ async def test_whoever_left_is_not_inferred() -> None:
     await batcher.detect(image)
     await batcher.close()
     assert detector.sizes == [1]
-
-
-def http_detector(handler: httpx.MockTransport) -> HttpDetector:
-    detector = HttpDetector(DetectorSettings(url="http://detector", model_path="demo"))
-    detector._client = httpx.Client(base_url="http://detector", transport=handler)
-    return detector
-
-
-def test_a_detector_service_answers_in_its_known_shape() -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
-        assert request.url.path == "/detect/batch"
-        box = {"class": "dog", "confidence": 0.7, "bbox": {"x": 1, "y": 2, "width": 3, "height": 4}}
-        return httpx.Response(200, json={"results": [{"detections": [box, box | {"confidence": 0.05}]}]})
-
-    (boxes,) = http_detector(httpx.MockTransport(answer)).detect([Image.new("RGB", (8, 8))])
-    assert boxes == (Box(label="dog", score=0.7, x=1, y=2, width=3, height=4),)
-
-
-def test_a_detector_service_that_is_away_is_waited_for() -> None:
-    with pytest.raises(UnavailableError, match="RTDETR_URL"):
-        http_detector(httpx.MockTransport(lambda _: httpx.Response(503))).detect([Image.new("RGB", (8, 8))])
-
-
-@pytest.mark.parametrize(
-    "odd", [{"confidence": 97}, {"confidence": math.nan}, {"bbox": {"x": math.inf, "y": 1, "width": 1, "height": 1}}]
-)
-def test_a_detector_service_that_answers_nonsense_is_waited_for(odd: dict[str, object]) -> None:
-    """Every frame would be refused for it: whoever set it up must hear of it first."""
-    box = {"class": "dog", "confidence": 0.7, "bbox": {"x": 1, "y": 2, "width": 3, "height": 4}} | odd
-    answer = httpx.Response(200, content=json.dumps({"results": [{"detections": [box]}]}))
-    with pytest.raises(UnavailableError, match="RTDETR_URL"):
-        http_detector(httpx.MockTransport(lambda _: answer)).detect([Image.new("RGB", (8, 8))])
 
 
 @pytest.mark.parametrize(

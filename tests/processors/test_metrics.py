@@ -76,6 +76,16 @@ def test_batch_counts_windows_by_what_closed_them() -> None:
     assert emit.since == T0 + 1000, "a window's age counts from its last frame"
 
 
+async def test_analyze_counts_what_it_forgave() -> None:
+    async def script(_messages: object) -> str:
+        return f"```json\n{answer(72.0)}\n```"
+
+    stage = build_analyze(LlmSettings(), llm=FakeLlm(script))
+    await stage.handle(as_incoming(codec.emit("contexts", context())))
+    counts = counted(stage.metrics, "rewatch_llm_forgiven_total")  # type: ignore[attr-defined]
+    assert counts == {("fence",): 1, ("score as decimal",): 1}
+
+
 async def test_analyze_counts_verdicts_tokens_repairs_failures_and_slots() -> None:
     answers = iter(["no JSON", answer(71), answer(10)])
     release = asyncio.Event()

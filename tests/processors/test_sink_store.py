@@ -1,6 +1,7 @@
 """The sink on the real engine: what goes in comes out, once, and what cannot go in is kept with the reason."""
 
 import asyncio
+import math
 import os
 import signal
 import time
@@ -105,6 +106,18 @@ def test_every_field_of_a_record_has_a_column():
         for field in TOPICS[topic].record.__struct_fields__:
             name = left_out.get((topic, field), field)
             assert any(column == name or column.startswith((f"{name}.", f"{name}_")) for column in columns)
+
+
+async def test_what_a_gpu_does_not_tell_is_null(stage, ask):
+    silent = msgspec.structs.replace(
+        examples.gpu_metrics, utilization=math.nan, power=math.nan, memory_used=-1, throttled=None, process_count=None,
+        processes=(examples.GpuProcess(pid=7),),
+    )  # fmt: skip
+    await insert(stage, incoming("gpu_metrics", silent))
+    [row] = ask.dicts("SELECT * FROM gpu_metrics FINAL")
+    told = ("utilization", "power", "memory_used", "throttled", "process_count", "ecc_volatile", "temperature")
+    assert [row[name] for name in told] == [None] * 6 + [61.0]
+    assert (row["processes.pid"], row["processes.name"], row["processes.memory"]) == ([7], [None], [None])
 
 
 async def test_a_range_inserted_twice_is_there_once_in_log_tables_and_views(stage, database, ask):

@@ -124,4 +124,5 @@ def test_typed_tables_have_the_position_and_types_that_hold_what_avro_can(ask):
         assert columns.keys() >= POSITION
         for field, hint in TOPICS[topic].record.__annotations__.items():
             if field in columns and hint in holds and field not in POSITION:
-                assert columns[field].startswith(holds[hint]), f"{topic}.{field}"
+                held = columns[field].removeprefix("Nullable(")  # what the log has a mark for, as NaN, is NULL here
+                assert held.startswith(holds[hint]), f"{topic}.{field}"

@@ -22,3 +22,8 @@ def test_the_second_version_differs_in_its_instruction_alone() -> None:
 def test_the_second_version_travels_the_log_as_any_other() -> None:
     second = prompts.deliveries_strict_nights()
     assert prompts.PromptVersion.from_record(second.to_record(1)) == second
+
+
+def test_the_default_is_the_version_that_the_demo_analyst_was_trained_on() -> None:
+    assert prompts.default().digest == "c2821da223b1e2fe5497efe5346d3eb7"
+    assert list(prompts.shipped()) == ["default", "deliveries-strict-nights"]

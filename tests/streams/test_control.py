@@ -4,13 +4,11 @@ import asyncio
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.errors import KafkaConnectionError
 from msgspec import structs
 
 from processors.batch.settings import WindowsSettings
-from schemas import prompts
-from schemas.prompts import PromptVersion
-from streams.control import Cameras, Prompts
-from streams.errors import UnavailableError
+from streams.control import Cameras
 from streams.kafka import Kafka
 
 pytestmark = pytest.mark.real
@@ -18,15 +16,6 @@ pytestmark = pytest.mark.real
 
 def cameras(kafka: Kafka) -> Cameras:
     return Cameras(kafka, WindowsSettings().record(), "Europe/Berlin", clock=lambda: 1.0)
-
-
-def other_prompt() -> PromptVersion:
-    now = prompts.default()
-    return PromptVersion(
-        template=now.template.replace("You judge", "You weigh"),
-        output_schema=now.output_schema,
-        parameters=now.parameters,
-    )
 
 
 async def eventually(holds) -> None:
@@ -52,6 +41,22 @@ async def test_followers_see_what_others_write(kafka: Kafka) -> None:
         assert here.get(name) is None
         await there.ensure(name)
         await eventually(lambda: here.get(name) is not None)
+
+
+async def test_a_broker_that_goes_away_during_the_first_load_is_waited_for(kafka: Kafka, monkeypatch) -> None:
+    here = cameras(kafka)
+    name = f"cam-{kafka.settings.system}"
+    await cameras(kafka).ensure(name)
+    read, errors = kafka.read, [KafkaConnectionError("away"), TimeoutError()]
+
+    async def away_at_first(*arguments, **options):
+        if errors:
+            raise errors.pop()
+        return await read(*arguments, **options)
+
+    monkeypatch.setattr(kafka, "read", away_at_first)
+    async with here.table.following():
+        assert here.get(name) is not None
 
 
 async def test_writers_at_once_fence_one_another_and_all_get_through(kafka: Kafka) -> None:
@@ -85,34 +90,6 @@ async def test_a_record_that_cannot_be_read_is_skipped_and_counted(kafka: Kafka)
     reader = cameras(kafka)
     await reader.table.load()
     assert reader.table.skipped >= 1
-
-
-async def test_without_a_pointer_the_version_in_the_tree_judges(kafka: Kafka) -> None:
-    assert Prompts(kafka).of("door") == prompts.default()
-
-
-async def test_registering_chooses_only_where_nobody_has_chosen(kafka: Kafka) -> None:
-    writer, reader = Prompts(kafka), Prompts(kafka)
-    await writer.register(prompts.default(), "first")
-    await writer.register(other_prompt(), "second")
-    await reader.table.load()
-    assert reader.of("door") == prompts.default()
-    assert reader.table.get(f"version/{other_prompt().digest}") is not None
-
-
-async def test_a_camera_has_its_own_prompt_and_a_missing_version_is_waited_for(kafka: Kafka) -> None:
-    table = Prompts(kafka)
-    await table.register(prompts.default(), "first")
-    pointer = table.table.get("active/default")
-    assert pointer is not None
-    own = type(pointer)(
-        **{name: getattr(pointer, name) for name in pointer.__struct_fields__} | {"scope": "door", "digest": "0" * 32}
-    )
-    await table.table.append(own)
-    assert table.of("yard") == prompts.default()
-    with pytest.raises(UnavailableError, match="0000") as waits:
-        table.of("door")
-    assert waits.value.waiting_on == "settings"
 
 
 async def test_a_pin_to_no_partition_is_skipped_and_what_held_before_holds_on(kafka: Kafka) -> None:

@@ -38,6 +38,28 @@ def test_a_consumer_that_silently_stopped_is_a_stall() -> None:
     assert life.stall() == "the consumer has not polled for 46 s"
 
 
+def test_a_consumer_that_is_brought_nothing_is_a_stall() -> None:
+    life, _ = lively()
+    life.deaf = "in-0 ends at offset 9 and is not read on from 4 for 30 s"
+    assert life.stall() == life.deaf
+
+
+def test_time_in_which_the_process_did_not_run_is_no_time_of_a_stall() -> None:
+    life, clock = lively()
+    life.partition("in-0").hold(3)
+    life.ticked()
+    clock.now += STALL_S + 10  # SIGSTOP, then SIGCONT; or others had the CPU
+    life.ticked()
+    assert life.stall() is None
+    for _ in range(int(STALL_S) - 3):
+        assert life.stall() is None
+        clock.now += 1
+        life.ticked()
+    clock.now += 4
+    life.ticked()
+    assert life.stall() is not None
+
+
 def test_a_worker_whose_broker_is_away_waits() -> None:
     life, clock = lively()
     life.waiting_on = "broker"

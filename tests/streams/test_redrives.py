@@ -311,3 +311,26 @@ def test_after_the_topic_was_made_anew_an_open_letter_of_before_is_tried() -> No
     broker.emits = [codec.emit(STATUS, said, 0)]
     asyncio.run(run(broker, "map"))
     assert len(broker.of("out")) == 1
+
+
+def test_what_failed_again_and_is_fed_again_behind_an_open_window_is_not_called_resolved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The open window keeps the position before it: whoever takes over is fed it again, and refuses it silently."""
+    monkeypatch.setattr("streams.partition._COMMIT_RECORDS", 3)
+    records = [record(0, b"good 0"), record(1, b"bad 9"), redrive_of(1, 2, b"bad 9")]
+    broker = Broker([*records, *(record(n, b"good %d" % n) for n in range(3, 6))], ["killed after"])
+    asyncio.run(run(broker, "fold"))
+    assert [(one.status, one.record) for one in broker.statuses()] == [(OPEN, "in:e1:2:2")]
+    assert [one.header(SOURCE) for one in broker.of("dead_letters")] == [b"in:e1:2:1", b"in:e1:2:2"]
+    assert [one.value for one in broker.of("out")] == [b"good 0,good 3,good 4"]
+
+
+def test_what_was_resolved_stays_resolved_whatever_is_said_after_it() -> None:
+    broker = Broker([redrive_of(5, 9, b"bad 1")])
+    broker.emits = [
+        codec.emit(STATUS, DeadLetterStatus(origin="in:e1:2:5", status=what, by="toy", at=1, record=record_), 0)
+        for what, record_ in ((RESOLVED, "in:e1:2:6"), (OPEN, "in:e1:2:7"))
+    ]
+    asyncio.run(run(broker, "map"))
+    assert broker.of("out") == []

@@ -115,10 +115,7 @@ async def test_forgotten_offsets_are_found_in_the_tail_of_the_output(
         async with hosting(running.run):
             await until(lambda: _echoed(on, 3000))
             await until(lambda: _dead(on, 4))
-        async with kafka.admin() as admin:
-            group = kafka.group("echo")
-            answer = await admin._send_request(DeleteGroupsRequest([group]), await admin.find_coordinator(group))
-            assert answer.results == [(group, 0)]
+        await _forget(kafka)
         running, stage = echo(host, on)
         async with hosting(running.run):
             await on.send(400)
@@ -134,6 +131,29 @@ async def test_what_retention_took_is_recorded_as_a_gap(kafka: Kafka, host: str,
         running, _ = echo(host, on)
         async with hosting(running.run):
             await on.until_echoed()
+        await on.send(20, partition=1)
+        lost = on.sent[-20:-5]
+        async with kafka.admin() as admin:
+            await admin.delete_records({on.partitions(on.source)[1]: RecordsToDelete(before_offset=25)})
+        running, _ = echo(host, on)
+        async with hosting(running.run):
+            await until(lambda: _echoed(on, 45))
+        on.sent = [one for one in on.sent if one not in lost]
+        await on.check_echoed()
+        (letter,) = await on.dead_letters()
+        assert (letter.kind, letter.origin) == ("gap", f"{on.source}:{on.epoch}:1:10")
+        assert letter.detail == '{"from": 10, "resume_at": 25}'
+
+
+async def test_what_retention_took_while_the_offsets_were_forgotten_is_recorded_as_a_gap(
+    kafka: Kafka, host: str, tmp_path: Path
+) -> None:
+    async with road(kafka, tmp_path) as on:
+        await on.send(40)
+        running, _ = echo(host, on)
+        async with hosting(running.run):
+            await on.until_echoed()
+        await _forget(kafka)
         await on.send(20, partition=1)
         lost = on.sent[-20:-5]
         async with kafka.admin() as admin:
@@ -218,6 +238,14 @@ async def test_a_stage_whose_model_is_away_waits_and_says_so(kafka: Kafka, host:
             (tmp_path / "away").unlink()
             await on.until_echoed()
         assert await on.dead_letters() == []
+
+
+async def _forget(kafka: Kafka) -> None:
+    """The echo stage's group loses its offsets, as one does that was off for too long."""
+    async with kafka.admin() as admin:
+        group = kafka.group("echo")
+        answer = await admin._send_request(DeleteGroupsRequest([group]), await admin.find_coordinator(group))
+        assert answer.results == [(group, 0)]
 
 
 async def _echoed(on: Road, count: int) -> bool:

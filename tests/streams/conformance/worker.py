@@ -46,7 +46,9 @@ async def main(settings: dict[str, Any]) -> None:
     stage = make(settings["stage"], settings["source"], settings["target"], control)
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    host = HOSTS[settings["host"]](kafka, stage, epochs=lambda _: settings["epoch"], status=Path(settings["status"]))
+    host = HOSTS[settings["host"]](
+        kafka, stage, epochs=lambda _: settings["epoch"], status=Path(settings["status"]), member=settings.get("member")
+    )
     await host.run(stop)
 
 

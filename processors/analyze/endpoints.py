@@ -1,0 +1,181 @@
+"""The LLM servers that may judge: which answer, which judge the canary, and when the others are asked again.
+
+A server is set aside, for every prompt while it is away, and for one prompt while it does not judge that prompt's
+canary. Work goes on with the others. Beside it the one that is set aside is asked again, after a second, then
+less often; it comes back when it answers, and judges the canary that it failed. With no other left, whoever has work
+asks all of them at once, and waits for the first that is well.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+import structlog
+
+from processors.analyze.gate import Gate
+from processors.analyze.port import Llm, Server
+from schemas.prompts import PromptVersion
+from streams.errors import UnavailableError
+
+log = structlog.get_logger(__name__)
+
+_RETRY_S = (1.0, 30.0)
+"""The first and the longest pause before one that is set aside is asked again: a restart takes seconds, a model of
+30 GB minutes to load."""
+
+
+class Canary(NamedTuple):
+    """How the last canary of a prompt went on one server."""
+
+    began: int
+    failure: str | None
+    took_s: float
+
+
+class Endpoint:
+    """One server, as the judge knows it."""
+
+    def __init__(self, llm: Llm) -> None:
+        self.llm = llm
+        self.name = llm.name
+        self.away: str | None = "not asked yet"
+        """Why it takes no work; None while it does."""
+        self.canaries: dict[str, Canary] = {}
+        """The last one of each prompt, by digest."""
+        self.lock = asyncio.Lock()
+        """One canary at a time."""
+        self.checks: dict[str, asyncio.Task[None]] = {}
+        self.failures = 0
+        self.retry_at = 0.0
+
+    def fault(self, prompt: PromptVersion) -> str | None:
+        """Why it does not judge with this prompt; None where it does."""
+        canary = self.canaries.get(prompt.digest)
+        return self.away or (canary.failure if canary is not None else None)
+
+
+class Endpoints:
+    """All servers, and the gate to them. `canary` judges the stored window: why that failed, or None, and seconds."""
+
+    def __init__(
+        self,
+        llms: Sequence[Llm],
+        slots: Callable[[int], int],
+        canary: Callable[[Endpoint, PromptVersion], Awaitable[tuple[str | None, float]]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._slots = slots
+        self._canary = canary
+        self._clock = clock
+        self._counter = 0
+        self.all = [Endpoint(llm) for llm in llms]
+        self.gate = Gate(clock)
+        for endpoint in self.all:
+            self.gate.expect(endpoint.name, slots(0))
+
+    def tick(self) -> int:
+        """The next number: what was counted later began later."""
+        self._counter += 1
+        return self._counter
+
+    def named(self, name: str) -> Endpoint:
+        """The endpoint of this name."""
+        return next(endpoint for endpoint in self.all if endpoint.name == name)
+
+    async def server(self, endpoint: Endpoint) -> Server:
+        """Who answers there; its slots are open then.
+
+        Raises:
+            UnavailableError: it is away, and set aside.
+        """
+        try:
+            server = await endpoint.llm.server()
+        except UnavailableError as error:
+            self.set_aside(endpoint, error)
+            raise
+        endpoint.away = None
+        self.gate.open(endpoint.name, self._slots(server.slots))
+        return server
+
+    def set_aside(self, endpoint: Endpoint, error: UnavailableError) -> None:
+        """It is away: no more work goes there until it answers again."""
+        if endpoint.away is None:
+            log.warning("llm set aside", endpoint=endpoint.name, why=str(error))
+        endpoint.away = str(error)
+        self._later(endpoint)
+        self.gate.close(endpoint.name)
+
+    def well(self, prompt: PromptVersion) -> list[Endpoint]:
+        """The endpoints that judge with this prompt, as far as known."""
+        return [endpoint for endpoint in self.all if endpoint.fault(prompt) is None]
+
+    async def find(self, prompt: PromptVersion) -> list[Endpoint]:
+        """The endpoints that judge with this prompt; while there are none, all are asked.
+
+        Raises:
+            UnavailableError: none does.
+        """
+        well = self.well(prompt)
+        ill = [endpoint for endpoint in self.all if endpoint not in well]
+        asked = {self._check(one, prompt) for one in ill if not well or self._clock() >= one.retry_at}
+        while asked and not well:
+            done, asked = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # whatever it raises is a mistake of ours
+            well = self.well(prompt)
+        if not well:
+            raise UnavailableError("llm", "; ".join(str(endpoint.fault(prompt)) for endpoint in ill))
+        return well
+
+    async def prove(self, endpoint: Endpoint, prompt: PromptVersion, since: int) -> None:
+        """Return once a canary that began there after `since` was good. Who asks at the same time shares one.
+
+        Raises:
+            UnavailableError: it failed; the endpoint is set aside for this prompt.
+        """
+        asked = self.tick()
+        async with endpoint.lock:
+            last = endpoint.canaries.get(prompt.digest)
+            if last is None or last.began <= (since if last.failure is None else asked):
+                began = self.tick()
+                last = Canary(began, *await self._canary(endpoint, prompt))
+                endpoint.canaries[prompt.digest] = last
+                if last.failure is not None:
+                    self._later(endpoint)
+        if last.failure is not None:
+            name = prompt.name or prompt.digest
+            raise UnavailableError(
+                "llm", f"{endpoint.name} (llm.url) does not judge the canary with prompt {name}: {last.failure}"
+            )
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        tasks = [task for endpoint in self.all for task in endpoint.checks.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for endpoint in self.all:
+            await endpoint.llm.close()
+
+    def _check(self, endpoint: Endpoint, prompt: PromptVersion) -> asyncio.Task[None]:
+        """The task that finds out whether it is well again; who asks at the same time shares it."""
+        if prompt.digest not in endpoint.checks:
+            task = asyncio.create_task(self._ask(endpoint, prompt))
+            endpoint.checks[prompt.digest] = task
+            task.add_done_callback(lambda _: endpoint.checks.pop(prompt.digest, None))
+        return endpoint.checks[prompt.digest]
+
+    async def _ask(self, endpoint: Endpoint, prompt: PromptVersion) -> None:
+        with contextlib.suppress(UnavailableError):  # it says so of itself
+            await self.server(endpoint)
+            if endpoint.fault(prompt) is not None:
+                await self.prove(endpoint, prompt, since=self.tick())
+            if endpoint.failures:
+                log.info("llm is back", endpoint=endpoint.name)
+            endpoint.failures = 0
+
+    def _later(self, endpoint: Endpoint) -> None:
+        first, longest = _RETRY_S
+        endpoint.retry_at = self._clock() + min(first * 2**endpoint.failures, longest)
+        endpoint.failures += 1

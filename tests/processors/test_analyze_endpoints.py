@@ -1,0 +1,237 @@
+"""Several servers, scripted: who gets the work, who is set aside, and whose fault it is."""
+
+import asyncio
+import itertools
+import json
+
+import pytest
+
+from processors.analyze import endpoints
+from processors.analyze.fakes import FakeLlm
+from processors.analyze.gate import Priority
+from processors.analyze.judge import Judge
+from schemas import prompts
+from schemas.prompts import PromptVersion
+from schemas.records import RiskEvent
+from streams.errors import UnavailableError, UnprocessableError
+from tests.processors.analyze_samples import answer, context, hang, seen
+from tests.processors.test_analyze_judge import Script, died, settings, until_done
+
+DEFAULT = prompts.default()
+AWAY = UnavailableError("llm", "connection refused")
+
+
+def windows(count: int):
+    return [context((seen("person"),) * n, camera="item") for n in range(1, count + 1)]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Site:
+    """A judge and its servers `a`, `b`, ..., each with a script."""
+
+    def __init__(self, *scripts: Script, **changes) -> None:
+        self.scripts = scripts
+        self.llms = [FakeLlm(script, name=name) for script, name in zip(scripts, "abc", strict=False)]
+        self.clock = Clock()
+        self.judge = Judge(self.llms, settings(**changes), wall=lambda: 42, clock=self.clock)
+
+    async def judged(self, item, prompt=DEFAULT) -> RiskEvent:
+        return await self.judge.judge(item, prompt, key=item.batch_id)
+
+    def counts(self, what="item") -> list[int]:
+        return [script.asked.count(what) for script in self.scripts]
+
+
+async def slow(_):
+    await asyncio.sleep(0.005)
+    return answer()
+
+
+async def test_work_is_shared_and_each_event_names_who_judged_it():
+    site = Site(Script(item=[slow]), Script(item=[slow]), deadline_s=5)
+    events = await asyncio.gather(*map(site.judged, windows(8)))
+    assert site.counts() == [4, 4]
+    assert sorted(event.conditions["endpoint"] for event in events) == ["a"] * 4 + ["b"] * 4
+
+
+async def test_a_server_with_more_slots_gets_more_and_the_setting_bounds_each():
+    site = Site(Script(item=[slow]), Script(item=[slow]), slots=None, deadline_s=5)
+    site.llms[0].slots, site.llms[1].slots = 6, 2
+    await asyncio.gather(*map(site.judged, windows(8)))
+    assert [llm.most_running for llm in site.llms] == [6, 2]
+    assert site.judge.gate.slots == 8
+    bounded = Site(Script(item=[slow]), slots=3, deadline_s=5)
+    bounded.llms[0].slots = 8
+    await asyncio.gather(*map(bounded.judged, windows(8)))
+    assert bounded.llms[0].most_running == 3
+
+
+async def test_with_one_away_the_others_do_the_work_and_it_is_asked_again_ever_less_often_until_it_is_back():
+    away, fine = Script(item=[AWAY]), Script()
+    site = Site(away, fine)
+    for _ in range(4):
+        assert (await site.judged(*windows(1))).conditions["endpoint"] == "b"
+    assert site.counts() == [1, 4]
+    away.said["item"] = [answer()]
+    asked = []
+
+    async def server(ask=site.llms[0].server):
+        asked.append(site.clock.now)
+        if site.clock.now < 10:
+            raise AWAY
+        return await ask()
+
+    site.llms[0].server = server
+    while site.counts()[0] < 2:
+        site.clock.now += 0.5
+        await site.judged(*windows(1))
+        await asyncio.sleep(0)
+    pauses = [after - before for before, after in itertools.pairwise(asked)]
+    assert asked[0] == 1.0
+    assert pauses[:3] == [2.0, 4.0, 8.0]
+
+
+async def test_only_when_all_are_away_is_it_unavailable_and_it_names_them():
+    site = Site(Script(item=[AWAY]), Script(item=[AWAY]))
+    with pytest.raises(UnavailableError, match="connection refused") as caught:
+        await site.judged(*windows(1))
+    assert caught.value.waiting_on == "llm"
+    assert site.counts() == [1, 1]
+    for script in site.scripts:
+        script.said["item"] = [answer()]
+    assert (await site.judged(*windows(1))).risk_score == 71, "all are asked at once, whatever their time"
+
+
+async def test_a_window_waits_for_no_answer_of_one_that_hangs_while_another_is_there():
+    site = Site(Script(), Script(), deadline_s=60)
+    site.llms[0].server = hang
+    event = await asyncio.wait_for(site.judged(*windows(1)), 5)
+    assert event.conditions["endpoint"] == "b"
+    await site.judge.close()
+
+
+async def test_the_canary_runs_where_the_attempt_failed():
+    site = Site(Script(item=[died()]), Script())
+    [item] = windows(1)
+    event = await site.judged(item)
+    assert [script.asked for script in site.scripts] == [["item", "canary"], ["item"]]
+    assert event.conditions["endpoint"] == "b", "it is tried again elsewhere: twice on one proves less"
+
+
+async def test_a_sick_server_is_set_aside_and_not_the_item():
+    sick = Script(item=["gibberish"], canary=["gibberish"])
+    site = Site(sick, Script())
+    events = [await site.judged(item) for item in windows(6)]
+    assert {event.conditions["endpoint"] for event in events} == {"b"}
+    assert sick.asked == ["item", "item", "canary", "canary"], "an answer and its repair, once"
+    sick.said = {"item": [answer()], "canary": [answer()]}
+    site.clock.now = 1.0
+    while site.counts()[0] == 2:
+        await site.judged(*windows(1))
+        await asyncio.sleep(0)
+    assert sick.asked.count("canary") == 3, "it came back by a good canary"
+
+
+async def test_a_server_that_fails_one_prompt_only_is_set_aside_for_that_one():
+    mine = PromptVersion(
+        template=json.dumps({"system": "mine", "user": "camera: {{ camera }}\ntime: 11:00 day", "repair": "r"}),
+        output_schema=DEFAULT.output_schema,
+        parameters="{}",
+    )
+
+    async def dislikes(messages):
+        return "gibberish" if messages[0].content == "mine" else answer()
+
+    site = Site(Script(item=[dislikes], canary=[dislikes]), Script())
+    assert (await site.judged(*windows(1), mine)).conditions["endpoint"] == "b"
+    assert (await site.judged(*windows(1))).conditions["endpoint"] == "a"
+
+
+async def test_an_item_that_kills_every_server_it_meets_is_found():
+    up = {0: True, 1: True, 2: True}
+
+    def server(index):
+        async def kill(_):
+            up[index] = False
+            raise died()
+
+        async def canary(_):
+            was, up[index] = up[index], True  # the supervisor has it back for the next call
+            if not was:
+                raise UnavailableError("llm", "connection refused")
+            return answer()
+
+        return Script(item=[kill], canary=[canary])
+
+    site = Site(server(0), server(1), server(2))
+    with pytest.raises(UnprocessableError, match="died") as caught:
+        await until_done(site.judge)
+    assert sum(site.counts()) == 3, "what it failed in is not forgotten while a server is restarted"
+    assert {attempt["endpoint"] for attempt in json.loads(caught.value.detail)["attempts"]} == {"a", "b", "c"}
+
+
+async def test_an_item_that_hangs_one_of_two_servers_for_ever_is_judged_by_the_other():
+    site = Site(Script(item=[hang], canary=[hang]), Script())
+    event = await until_done(site.judge)
+    assert event.conditions["endpoint"] == "b"
+
+
+async def test_an_item_tried_again_has_one_server_to_itself_while_the_other_works_on():
+    release = asyncio.Event()
+    beside: list[int] = []
+
+    async def alone(_):
+        beside.append(site.llms[1].running - 1)
+        return answer()
+
+    async def long(_):
+        await release.wait()
+        return answer()
+
+    site = Site(Script(item=[died()]), Script(other=[long], item=[alone]), deadline_s=60)
+    item = asyncio.create_task(site.judged(*windows(1)))
+    other = asyncio.create_task(site.judged(context((seen("dog"),), camera="other")))
+    third = await asyncio.wait_for(site.judged(context((seen("cat"),), camera="third")), 5)
+    while site.counts("canary") != [1, 0]:
+        await asyncio.sleep(0)
+    fourth = await asyncio.wait_for(site.judged(context((seen("cat"),), camera="fourth")), 5)
+    assert not item.done()
+    release.set()
+    assert [(await task).conditions["endpoint"] for task in (item, other)] == ["b", "b"]
+    assert third.risk_score == fourth.risk_score == 71
+    assert fourth.conditions["endpoint"] == "a"
+    assert beside == [0]
+
+
+async def test_live_work_cancels_a_replay_call_which_is_judged_later_and_blamed_for_nothing():
+    flying = asyncio.Event()
+
+    async def fly(_):
+        flying.set()
+        await hang()
+
+    script = Script(other=[fly, answer(40)])
+    site = Site(script, slots=1, deadline_s=60)
+    other = context((seen("dog"),), camera="other")
+    replay = asyncio.create_task(
+        site.judge.judge(other, DEFAULT, key="other", run="replay-1", priority=Priority.REPLAY)
+    )
+    await flying.wait()
+    assert (await asyncio.wait_for(site.judged(*windows(1)), 5)).run == "live"
+    assert (await asyncio.wait_for(replay, 5)).risk_score == 40
+    assert script.asked == ["other", "item", "other"]
+
+
+async def test_closing_ends_what_is_being_asked():
+    site = Site(Script(), Script())
+    site.llms[0].server = hang
+    await site.judged(*windows(1))
+    await asyncio.wait_for(site.judge.close(), 5)
+    assert endpoints.Endpoints([], lambda told: told, hang, site.clock).all == []

@@ -1,0 +1,251 @@
+"""The gate alone: order, priorities, places, and who gives way."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from processors.analyze.gate import ClosedError, Gate, Held, Priority
+
+LIVE, SHADOW, REPLAY = Priority
+
+
+def gate_of(**slots: int) -> Gate:
+    gate = Gate(lambda: 0.0)
+    for name, count in slots.items():
+        gate.expect(name, count)
+        gate.open(name, count)
+    return gate
+
+
+class Calls:
+    """Calls by name, each at work until told to end."""
+
+    def __init__(self, gate: Gate, among: str = "a") -> None:
+        self.gate = gate
+        self.among = among
+        self.began: list[str] = []
+        self.at: dict[str, str] = {}
+        self.tasks: dict[str, asyncio.Task[str]] = {}
+        self._end: dict[str, asyncio.Event] = {}
+
+    async def call(self, name: str, priority: Priority = LIVE, *, among: str = "", **wants) -> None:
+        self._end[name] = asyncio.Event()
+        run = self.gate.run(self._work(name), among=among or self.among, priority=priority, **wants)
+        self.tasks[name] = asyncio.create_task(run)
+        await settle()
+
+    async def end(self, *names: str) -> None:
+        for name in names:
+            self._end[name].set()
+            await settle()
+
+    def _work(self, name: str) -> Callable:
+        async def work(held: Held) -> str:
+            self.began.append(name)
+            self.at[name] = held.place
+            try:
+                await self._end[name].wait()
+            finally:
+                self.at.pop(name)
+            return name
+
+        return work
+
+
+async def settle():
+    for _ in range(12):
+        await asyncio.sleep(0)
+
+
+async def test_who_comes_first_is_served_first_and_one_alone_waits_for_all_slots():
+    calls = Calls(gate_of(a=2))
+    await calls.call("1")
+    await calls.call("2", alone=True)
+    await calls.call("3")
+    await calls.call("4")
+    assert calls.began == ["1"], "2 wants every slot, and 3 and 4 do not overtake it"
+    await calls.end("1")
+    assert calls.began == ["1", "2"]
+    await calls.end("2")
+    assert calls.began == ["1", "2", "3", "4"]
+    await calls.end("3", "4")
+    assert [await task for task in calls.tasks.values()] == ["1", "2", "3", "4"]
+    assert calls.gate.busy == 0
+
+
+async def test_live_comes_before_shadow_and_shadow_before_replay():
+    calls = Calls(gate_of(a=1))
+    await calls.call("first")
+    for name, priority in (("r1", REPLAY), ("s1", SHADOW), ("r2", REPLAY), ("l1", LIVE), ("s2", SHADOW), ("l2", LIVE)):
+        await calls.call(name, priority)
+    await calls.end("first", "l1", "l2", "s1", "s2", "r1", "r2")
+    assert calls.began == ["first", "l1", "l2", "s1", "s2", "r1", "r2"]
+
+
+async def test_a_live_call_without_a_slot_cancels_the_youngest_replay_call_which_begins_anew():
+    calls = Calls(gate_of(a=2))
+    await calls.call("old", REPLAY)
+    await calls.call("young", REPLAY)
+    await calls.call("later", REPLAY)
+    await calls.call("live")
+    assert set(calls.at) == {"old", "live"}
+    await calls.end("live")
+    assert set(calls.at) == {"old", "young"}, "it stands where it stood: before who came later"
+    await calls.end("old", "young", "later")
+    assert [await calls.tasks[name] for name in ("live", "old", "young", "later")] == ["live", "old", "young", "later"]
+    assert calls.began.count("young") == 2
+
+
+async def test_each_live_call_cancels_one_and_no_more_than_it_needs():
+    calls = Calls(gate_of(a=3))
+    for name in ("r1", "r2", "r3"):
+        await calls.call(name, REPLAY)
+    for name in ("l1", "l2"):
+        calls._end[name] = asyncio.Event()
+        calls.tasks[name] = asyncio.create_task(calls.gate.run(calls._work(name), among="a"))
+    await settle()
+    assert set(calls.at) == {"r1", "l1", "l2"}
+    await calls.end("r1", "l1", "l2", "r2", "r3")
+
+
+@pytest.mark.parametrize("other", [LIVE, SHADOW])
+async def test_only_replay_gives_way_and_only_to_live(other):
+    calls = Calls(gate_of(a=1))
+    await calls.call("first", other)
+    await calls.call("live")
+    assert set(calls.at) == {"first"}
+    await calls.end("first", "live")
+    await calls.call("replay", REPLAY)
+    await calls.call("shadow", SHADOW)
+    assert set(calls.at) == {"replay"}
+    await calls.end("replay", "shadow")
+
+
+async def test_a_replay_call_that_gives_way_before_it_began_begins_later():
+    gate = gate_of(a=1)
+    calls = Calls(gate)
+    for name, priority in (("replay", REPLAY), ("live", LIVE)):  # both before either runs
+        calls._end[name] = asyncio.Event()
+        calls.tasks[name] = asyncio.create_task(gate.run(calls._work(name), among="a", priority=priority))
+    await settle()
+    assert calls.began == ["live"]
+    await calls.end("live", "replay")
+    assert calls.began == ["live", "replay"]
+
+
+async def test_a_live_call_alone_has_all_replay_of_its_place_give_way():
+    calls = Calls(gate_of(a=2))
+    await calls.call("r1", REPLAY)
+    await calls.call("r2", REPLAY)
+    await calls.call("live", alone=True)
+    assert set(calls.at) == {"live"}
+    await calls.end("live", "r1", "r2")
+    assert await asyncio.gather(*calls.tasks.values()) == ["r1", "r2", "live"]
+
+
+async def test_cancelling_the_caller_of_a_replay_call_that_gives_way_ends_it():
+    calls = Calls(gate_of(a=1))
+    await calls.call("replay", REPLAY)
+    running = asyncio.create_task(calls.gate.run(calls._work("replay"), among="a"))
+    await asyncio.sleep(0)  # it has told the replay call to give way
+    calls.tasks["replay"].cancel()
+    await settle()
+    assert calls.tasks["replay"].cancelled()
+    assert calls.began == ["replay", "replay"]
+    await calls.end("replay")
+    assert await running == "replay"
+
+
+async def test_the_least_busy_place_is_taken_and_among_equals_the_one_that_holds_the_prefix():
+    calls = Calls(gate_of(a=2, b=4), among="ab")
+    await calls.call("1", prefix="p")
+    assert calls.at == {"1": "a"}
+    await calls.call("2", prefix="q")
+    assert calls.at["2"] == "b"
+    await calls.call("3", prefix="p")
+    assert calls.at["3"] == "b", "1 of 4 is less than 1 of 2"
+    await calls.end("1", "2", "3")
+    for name, prefix in (("4", "q"), ("5", "p")):
+        await calls.call(name, prefix=prefix)
+        assert calls.at[name] == {"q": "b", "p": "a"}[prefix]
+        await calls.end(name)
+
+
+async def test_one_that_can_go_elsewhere_does_not_wait_behind_one_that_cannot():
+    calls = Calls(gate_of(a=1, b=1), among="ab")
+    await calls.call("1", among="a")
+    await calls.call("2", among="a")
+    await calls.call("3")
+    assert calls.at == {"1": "a", "3": "b"}
+    await calls.call("4", alone=True)
+    await calls.end("3")
+    assert calls.at == {"1": "a", "4": "b"}
+    await calls.end("1", "2", "4")
+
+
+async def test_a_closed_place_gets_no_calls_and_who_could_use_no_other_is_told():
+    calls = Calls(gate_of(a=1, b=1), among="ab")
+    for name, among in (("1", "a"), ("2", "b"), ("only-a", "a"), ("any", "ab")):
+        await calls.call(name, among=among)
+    calls.gate.close("a")
+    await settle()
+    with pytest.raises(ClosedError, match="a"):
+        await calls.tasks["only-a"]
+    with pytest.raises(ClosedError):
+        await calls.gate.run(calls._work("1"), among="a")
+    await calls.end("1")
+    assert calls.at == {"2": "b"}, "who works at a closed place goes on, and nobody follows"
+    calls.gate.open("a", 1)
+    await settle()
+    assert calls.at == {"2": "b", "any": "a"}
+    await calls.end("2", "any")
+
+
+async def test_fewer_slots_than_are_held_are_made_up_for_before_any_is_given():
+    calls = Calls(gate_of(a=3))
+    for name in "1234":
+        await calls.call(name)
+    calls.gate.open("a", 1)
+    await calls.end("1", "2")
+    assert set(calls.at) == {"3"}
+    await calls.end("3")
+    assert set(calls.at) == {"4"}
+    await calls.end("4")
+
+
+async def test_a_waiter_cancelled_in_the_moment_of_its_turn_gives_it_on():
+    calls = Calls(gate_of(a=1))
+    for name in "123":
+        await calls.call(name)
+    calls._end["1"].set()
+    while len(calls.gate._waiting) == 2:
+        await asyncio.sleep(0)
+    calls.tasks["2"].cancel()  # its turn was given; it has not run since
+    await settle()
+    assert calls.tasks["2"].cancelled()
+    assert calls.at == {"3": "a"}
+    await calls.end("3")
+    assert calls.gate.busy == 0
+
+
+async def test_a_cancelled_waiter_for_all_slots_lets_those_behind_it_in():
+    calls = Calls(gate_of(a=2))
+    await calls.call("1")
+    await calls.call("2", alone=True)
+    await calls.call("3")
+    calls.tasks["2"].cancel()
+    await settle()
+    assert set(calls.at) == {"1", "3"}
+    await calls.end("1", "3")
+
+
+async def test_what_the_work_raises_is_raised_and_the_slot_is_free():
+    gate = gate_of(a=1)
+
+    async def fails(_):
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        await gate.run(fails, among="a")
+    assert gate.busy == 0
