@@ -73,7 +73,7 @@ def start(place: Path, plan: Plan, key: str, told: Progress = lambda _s, _p: Non
         keeper = _spawn(place, key)
         began = time.monotonic()
         try:
-            while not _ready(place, plan):
+            while not _ready(place, plan, keeper.pid):
                 if keeper.poll() is not None:
                     raise StartError(_why(place))
                 told(time.monotonic() - began, plans.load(place) or plan)
@@ -128,9 +128,10 @@ def _spawn(place: Path, key: str) -> "subprocess.Popen[bytes]":
         )
 
 
-def _ready(place: Path, plan: Plan) -> bool:
+def _ready(place: Path, plan: Plan, keeper: int) -> bool:
     state = read_state(place)
-    return bool(state and state["processes"].get(plan.service, {}).get("state") == "ready")
+    # A keeper that was killed leaves its state behind, with a service that it calls ready.
+    return bool(state and state["pid"] == keeper and state["processes"].get(plan.service, {}).get("state") == "ready")
 
 
 def _why(place: Path) -> str:

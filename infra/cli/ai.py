@@ -1,6 +1,7 @@
 """`rewatch ai start|stop|restart|status|health|profiles`: the models' services on a GPU host of its own."""
 
 import asyncio
+import contextlib
 import signal
 import sys
 import time
@@ -16,6 +17,8 @@ from infra.cli.lifecycle import duration
 from infra.cli.output import AWAY, NO, USAGE, JsonFlag, console, fail, print_json, print_table, printable, when, working
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.status import Status
 
     from infra.ai.plan import Plan, Service
@@ -271,14 +274,23 @@ def _start(settings: "Settings", planned: "list[Plan]", *, as_json: bool) -> Non
     from infra.ai.watch import status as look
 
     out = Console(stderr=True, highlight=False) if as_json else console()
-    # A SIGTERM in the middle of a start ends what was begun, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    bad = [plan.service for plan in planned if not _begin(settings, plan, out)]
+    with _ended_by_sigterm():
+        bad = [plan.service for plan in planned if not _begin(settings, plan, out)]
     if as_json:
         names = tuple(plan.service for plan in planned)
         print_json(run(settings, lambda: look(settings.data_dir, names), doing="looking ..."))
     if bad:
         raise typer.Exit(AWAY)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> "Iterator[None]":
+    """A SIGTERM in the middle of a start ends what was begun, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _begin(settings: "Settings", plan: "Plan", out: Console) -> bool:

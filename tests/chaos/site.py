@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from aiokafka.errors import KafkaError
 from infra.config import Settings
 from infra.installation import Installation
 from infra.local.process import Process, ProcessSpec, StartError, free_port
+from infra.models import library
 from streams.kafka import Kafka
 from streams.survey import survey
 from tests.chaos.kafka_proxy import KafkaProxy
@@ -163,6 +165,20 @@ class Site:
         return replace(spec, prepare=wait)
 
 
+async def _exported(settings: Settings, say: Callable[[str], None]) -> None:
+    """Export the detector, as an installation does in its first minutes.
+
+    Until then each start of detect imports torch: 18 s on two busy cores, and that once.
+    """
+    say("exporting the detector")
+    folder = library.resolve(settings.detector.model_path, "detector", settings.data_dir)
+    cache = settings.data_dir / "cache" / "detector"
+    command = ("-m", "processors.detect.export", folder, str(cache), "--threads", str(settings.detector.threads))
+    process = await asyncio.create_subprocess_exec(sys.executable, *command, stdin=asyncio.subprocess.PIPE)
+    if await process.wait():
+        raise StartError(f"the detector's export ended with code {process.returncode}")
+
+
 def _lives(pid: int) -> bool:
     """Whether the process is there, and not only what is left of it until its parent has looked."""
     try:
@@ -201,6 +217,7 @@ async def site(
         stack._specs = gated  # type: ignore[method-assign]
         # Whoever is killed again and again within a minute of its start is given up; here that is not its fault.
         stack.supervisor._max_restarts = 1_000_000
+        await _exported(settings, say)
         say("starting the installation")
         async with installation:
             try:
