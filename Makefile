@@ -1,12 +1,12 @@
 # The verbs of this project. Each makes .venv itself; they need only Python 3.11+ and make.
-.PHONY: demo test check bench eval chaos lock clean help
+.PHONY: demo test check bench bench-gpu eval chaos lock clean help
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo ok),$(p))))
 BIN := .venv/bin
 
 help: ## Show the verbs
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 # uv installs 140 packages in half a minute where pip takes five; pip itself only fetches uv.
 .venv/.ready: requirements.lock bootstrap.lock pyproject.toml
@@ -34,6 +34,9 @@ check: .venv/.ready ## Lint, types, import contracts, schema compatibility
 
 bench: .venv/.ready ## Ratios of speed against stated baselines, into bench.json; twelve minutes
 	@$(BIN)/python -m tests.bench
+
+bench-gpu: .venv/.ready ## Images a second of full-size detectors on a GPU; says so and ends where there is none
+	@$(BIN)/python -m tests.bench.gpu
 
 eval: .venv/.ready ## Scores of the shipped models on held-out scenes and windows, into eval.json; five minutes
 	@$(BIN)/python -m infra.models.evaluate

@@ -93,12 +93,9 @@ async def wanted_by_group(kafka: Kafka, group: str, consumer: AIOKafkaConsumer) 
     async with kafka.admin() as admin:
         (answer,) = await admin.describe_consumer_groups([group])
     (failed, _, state, _, _, members, *_) = answer.groups[0]
-    if failed or state in _BETWEEN:
-        return None
-    return wanted_in(
-        {member: given for member, _, _, _, given in members},
-        consumer._coordinator.member_id,  # noqa: SLF001
-    )
+    settled = not failed and state not in _BETWEEN
+    given = {member: assignment for member, _, _, _, assignment in members}
+    return wanted_in(given, consumer._coordinator.member_id) if settled else None  # noqa: SLF001
 
 
 def wanted_in(members: Mapping[str, bytes], member: str) -> str | None:

@@ -4,7 +4,7 @@ import stat
 import sys
 from pathlib import Path
 
-_CODE = '''#!{python} -IS
+_CODE = """#!{python} -IS
 import json, os, sys, threading, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -43,15 +43,15 @@ class Health(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         self.wfile.write(b'{{"status": "ok"}}')
+        if {dies!r} == "soon":
+            threading.Timer(0.1, lambda: os._exit(7)).start()
+        if {dies!r} == "of memory, later" and layers:
+            threading.Timer(0.1, no_memory).start()
     def log_message(self, *_):
         pass
 
-if {dies!r} == "soon":
-    threading.Timer(0.3, lambda: os._exit(7)).start()
-if {dies!r} == "of memory, later" and layers:
-    threading.Timer(0.3, no_memory).start()
 HTTPServer((flag("--host"), int(flag("--port"))), Health).serve_forever()
-'''
+"""
 
 
 def write_fake(folder: Path, *, fit: int = 10_000, dies: str = "") -> tuple[Path, Path]:
@@ -60,7 +60,8 @@ def write_fake(folder: Path, *, fit: int = 10_000, dies: str = "") -> tuple[Path
     Args:
         folder: where both lie.
         fit: layers for which its GPU has memory.
-        dies: `at once`, `never answers`, `soon` (after it was healthy), `of memory, later` (while it has layers there).
+        dies: `at once`, `never answers`, `soon` (once it was healthy), `of memory, later` (the same, while it has
+            layers there).
     """
     program, notes = folder / "llama-server", folder / "starts.jsonl"
     program.write_text(_CODE.format(python=sys.executable, notes=str(notes), fit=fit, dies=dies))

@@ -150,7 +150,11 @@ async def test_a_stalled_child_is_restarted(tmp_path):
 
 async def test_a_stalled_child_is_not_waited_for_as_one_that_is_asked_to_stop(tmp_path, monkeypatch):
     monkeypatch.setattr("infra.local.supervisor.STALLED_STOP_SECONDS", 0.1)
-    deaf = python("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)")
+    notes = tmp_path / "notes"
+    deaf = python(
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"open({str(notes)!r}, 'a').write('up '); time.sleep(600)"
+    )
     stalled = []
 
     async def answer():
@@ -159,8 +163,10 @@ async def test_a_stalled_child_is_not_waited_for_as_one_that_is_asked_to_stop(tm
     spec = ProcessSpec("child", deaf, stalled=answer, stop_timeout=600)
     async with asyncio.timeout(60), Supervisor(tmp_path, [spec], watch=0.02) as running:
         before = running.pid("child")
+        await until(lambda: marks(notes) == ["up"])
         stalled.append("position 5 for 60 s")
-        await until(lambda: running.pid("child") not in {None, before})
+        await until(lambda: marks(notes) == ["up", "up"])
+        assert running.pid("child") not in {None, before}
         os.kill(running.pid("child"), signal.SIGKILL)
 
 

@@ -337,6 +337,9 @@ async def test_a_stop_answers_what_is_in_hand_and_takes_no_more() -> None:
             while (health := await http.get("/health")).status_code == 200:
                 await asyncio.sleep(0.01)
         assert health.json()["status"] == "stopping"
+        for _ in range(5):  # for as long as something is in hand it says so, on new connections too
+            await asyncio.sleep(0.1)
+            assert (await http.get("/health", headers={"connection": "close"})).status_code == 503
         answer = await http.post("/detect", files=one())
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
         model.let_go.set()

@@ -1,6 +1,10 @@
 """A consumer that polls and is brought nothing is noticed; one that has nothing to read, or no room, is left alone."""
 
 import asyncio
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from aiokafka import TopicPartition
@@ -92,6 +96,20 @@ def test_a_member_without_partitions_is_left_alone_where_the_group_has_none_for_
     assert wanted_in({"other": given()}, "me") == "the group does not know this member"
     assert wanted_in({}, "") == "the group does not know this member"
     assert wanted_in({"me": given(("in", [0, 1]))}, "me") == "the group gave this member 2 partitions, and it has none"
+
+
+@pytest.mark.parametrize(
+    ("failed", "state", "told"),
+    [(0, "Stable", True), (0, "Empty", True), (0, "PreparingRebalance", False), (16, "Dead", False)],
+)
+async def test_nothing_is_concluded_from_a_group_in_a_rebalance_or_one_that_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch, failed: int, state: str, told: bool
+) -> None:
+    answer = SimpleNamespace(groups=[(failed, "g", state, "consumer", "", [])])
+    admin = SimpleNamespace(describe_consumer_groups=AsyncMock(return_value=[answer]))
+    kafka: Any = SimpleNamespace(admin=lambda: nullcontext(admin))
+    consumer: Any = SimpleNamespace(_coordinator=SimpleNamespace(member_id="me"))
+    assert (await wanted_by_group(kafka, "g", consumer) is not None) is told
 
 
 def test_a_member_that_the_group_does_not_know_for_a_moment_joins_again() -> None:
