@@ -259,6 +259,7 @@ class Workers:
         try:
             while True:
                 self.liveness.ticked()
+                self.liveness.details = getattr(self.stage, "details", {})
                 self.liveness.write(self._status)
                 await asyncio.sleep(REPORT_EVERY_S)
         finally:

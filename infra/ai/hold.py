@@ -23,8 +23,8 @@ from infra.local.supervisor import read_state
 _LOOK_S = 0.1
 # The detector answers what is in hand (5 s) and llama.cpp ends its step; each is killed after 10 s.
 _STOP_S = 20.0
-# Between the plan and the first word of whoever keeps it: Python's start on a busy machine.
-_BEGIN_S = 15.0
+# Who only looks whether a command is at it holds the lock for an instant.
+_INSTANT_S = 1.0
 
 
 class BusyError(RuntimeError):
@@ -47,9 +47,13 @@ def alive(place: Path) -> dict[str, Any] | None:
     return None
 
 
-def beginning(plan: Plan) -> bool:
-    """Whether its keeper may not have said anything yet."""
-    return time.time() - plan.begun_at < _BEGIN_S
+def busy(place: Path) -> bool:
+    """Whether a command is starting or stopping the service."""
+    try:
+        with _alone(place, patience_s=0):
+            return False
+    except BusyError:
+        return True
 
 
 def start(place: Path, plan: Plan, key: str, told: Progress = lambda _s, _p: None) -> bool:
@@ -68,7 +72,6 @@ def start(place: Path, plan: Plan, key: str, told: Progress = lambda _s, _p: Non
     with _alone(place):
         if alive(place) is not None:
             return False
-        plan.begun_at = time.time()
         plans.save(place, plan)
         keeper = _spawn(place, key)
         began = time.monotonic()
@@ -80,6 +83,7 @@ def start(place: Path, plan: Plan, key: str, told: Progress = lambda _s, _p: Non
                 time.sleep(_LOOK_S)
         except BaseException:
             _end(psutil.Process(keeper.pid) if keeper.poll() is None else None)
+            keeper.poll()
             raise
         keeper.returncode = 0  # let go: it outlives this command, and Popen would warn that it does
         return True
@@ -102,11 +106,11 @@ def stop(place: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
+def _alone(place: Path, patience_s: float = _INSTANT_S) -> Iterator[None]:
     place.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place / "start.lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience_s)
     except Timeout:
         raise BusyError(f"another `rewatch ai` is starting or stopping the {place.name}: wait for it") from None
     try:

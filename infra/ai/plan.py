@@ -48,8 +48,6 @@ class Plan(msgspec.Struct):
     allowance_s: float
     """Seconds from start to healthy."""
     asked: Options
-    begun_at: float = 0.0
-    """When it was started, seconds since the epoch."""
     config: str | None = None
     """The settings file that was named."""
     server: str | None = None

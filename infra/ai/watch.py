@@ -45,7 +45,7 @@ async def _status(data_dir: Path, name: Service) -> dict[str, Any]:
         now = "given up"
     elif state is not None:
         now = process.get("state", "starting")
-    elif hold.beginning(plan):
+    elif hold.busy(place):
         now = "starting"
     else:
         now, reason = "gone", "its keeper was killed, or the machine restarted: `rewatch ai start` starts it again"

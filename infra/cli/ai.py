@@ -126,9 +126,10 @@ def restart(
     anyway: _Anyway = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Stop the services and start them as they were asked for; options given now count before those.
+    """Stop the services and start them as they were asked for.
 
-    Without a name, those that have been started. What did not fit before is tried anew.
+    Options given now count before those of the start. Without a name it is about those that have been started. What
+    did not fit on the GPU is tried anew.
     """
     from infra.ai import plan as plans
 

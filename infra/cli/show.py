@@ -104,7 +104,8 @@ async def collect(settings: "Settings") -> dict[str, Any]:
     """What `rewatch status --json` says.
 
     Returns `topics` (`topic`, `records`, `exact`, `in_clickhouse`: None where it cannot be told), `stages` (`stage`,
-    `lag`, `exact`, `caught_up`, `waiting_on`, `workers`), `models` (`role`, `name`, `sha256` and `toy` of those that
+    `lag`, `exact`, `caught_up`, `waiting_on`, `workers`: those of detect also say `detector`, its model and runtime),
+    `models` (`role`, `name`, `sha256` and `toy` of those that
     made the newest records), `processes`, `metrics` (addresses of this machine's processes), `gpu` (see
     `infra.gpus.told`), `not_taken` (what lies in the inbox and is no camera's), `dead_letters` and `problems`: services
     that are away. It never raises for those.
@@ -194,6 +195,7 @@ def _worker(report: "Report") -> dict[str, Any]:
         "in_hand": sum(life["in_hand"] for life in report["partitions"].values()),
         "waiting_on": report["waiting_on"],
         "stall": report["stall"],
+        **({"detector": report["detector"]} if "detector" in report else {}),
     }
 
 
@@ -225,6 +227,9 @@ def _print_status(state: dict[str, Any], settings: "Settings") -> None:
     for model in state["models"]:
         toy = ", a toy that comes with the demo and guards nothing: `rewatch models ls`" if model["toy"] else ""
         typer.echo(f"{model['role']}: {printable(model['name'])}{toy}")
+    detectors = [worker["detector"] for stage in state["stages"] for worker in stage["workers"] if "detector" in worker]
+    for model, runtime in sorted({(detector["model"], detector["runtime"]) for detector in detectors}):
+        typer.echo(f"detect runs {printable(model or 'the service')} by {printable(runtime)}")
     typer.echo(f"gpu: {printable(sentence(state['gpu']))}")
     if state["metrics"]:
         first = state["metrics"][0]

@@ -208,7 +208,7 @@ def require_free_port(host: str, port: int, *, what: str, setting: str) -> None:
     Raises:
         PortTakenError: Something listens there; the message names the setting and the fix.
     """
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         # As servers bind: connections of a dead predecessor in TIME_WAIT do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -25,7 +25,7 @@ class Detector(Protocol):
 
     @property
     def runtime(self) -> str:
-        """What ran the last `detect`: torch-cpu, torch-cuda, openvino-cpu, onnxruntime-cpu or http."""
+        """What ran the last `detect`: torch-cpu, torch-cuda, openvino-cpu, onnxruntime-cpu, http, http:torch-cuda."""
 
     def detect(self, images: Sequence[Image.Image]) -> list[tuple[Box, ...]]:
         """The boxes of each image, pixels, best first. Blocking; called from one thread."""

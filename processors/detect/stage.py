@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import structlog
 
@@ -42,6 +43,11 @@ class DetectStage:
         self.metrics = self._batcher.metrics
         # Two batches: one in the model, one decoded and waiting.
         self.concurrency = 2 * settings.batch_size
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the worker's report says of this stage: which model, and what runs it now."""
+        return {"detector": {"model": self._detector.name, "runtime": self._detector.runtime}}
 
     async def handle(self, incoming: Incoming) -> Sequence[Emit]:
         """The frame's detections; a tick goes on as it is."""

@@ -26,7 +26,7 @@ from infra.watchdog import Watchdog
 from streams import liveness
 from streams.kafka import Kafka
 from streams.liveness import read_report
-from tests.chaos.llm_proxy import LlmProxy
+from tests.chaos.llm_proxy import LlmProxy, Manner
 from tests.e2e.installation import CAMERAS, Audit, Feeder, pictures, settings_for
 from tests.e2e.test_kills import drained
 from tests.streams.conformance.harness import Road, road
@@ -53,12 +53,22 @@ STORY_S = 4.0
 SILENT = [(host, how) for host in ("faust", "raw") for how in ("stops", "deaf", "ends", "SIGSTOP")]
 SILENT.remove(("raw", "ends"))  # it fetches and feeds in one place
 
+# What it asks is away, and it says so.
+WAITING = [("faust", "away"), ("raw", "away")]
+
 
 def quiet(spec: ProcessSpec, file: Path) -> ProcessSpec:
     """The same worker, which falls silent when the file is there."""
     python, _, module, *arguments = spec.argv
     argv = [python, "-m", "tests.e2e.quiet_worker", str(file), str(STALL_S), module, *arguments]
     return replace(spec, argv=argv, env={**spec.env, "PYTHONPATH": str(Path(__file__).parents[2])})
+
+
+class Hanging(LlmProxy):
+    """A server that says what it is, and whose answers may hang."""
+
+    def _manner(self, asked: str) -> Manner | None:
+        return super()._manner(asked) if asked else None
 
 
 class Quiet(Installation):
@@ -114,7 +124,7 @@ async def test_an_llm_that_hangs_restarts_nobody_and_those_who_fall_silent_meanw
 ) -> None:
     monkeypatch.setattr("infra.watchdog.STALL_S", STALL_S)
     settings = settings_for(tmp_path, monkeypatch, LLM__DEADLINE_S=str(DEADLINE_S))
-    async with LlmProxy(settings.local.llama_port, CAMERAS).running() as llm:
+    async with Hanging(settings.local.llama_port, CAMERAS).running() as llm:
         # The children's way; this process's own settings still name the server, so that it is started here.
         monkeypatch.setenv("REWATCH_LLM__URL", llm.url)
         async with Quiet(settings, tmp_path) as house:
@@ -170,13 +180,13 @@ def spec_of(way: Road, host: str, how: str) -> ProcessSpec:
 
 @pytest.mark.timeout(600)
 @pytest.mark.asyncio(loop_scope="session")
-async def test_whoever_falls_silent_on_either_host_is_restarted_within_a_minute_and_nothing_is_lost_or_doubled(
+async def test_whoever_falls_silent_on_either_host_is_restarted_within_a_minute_and_who_says_what_it_waits_on_is_not(
     kafka: Kafka, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("infra.watchdog.STALL_S", STALL_S)
     async with AsyncExitStack() as stack:
         ways: dict[tuple[str, str], Road] = {}
-        for host, how in SILENT:
+        for host, how in SILENT + WAITING:
             # A group of its own for each.
             system = f"{kafka.settings.system}-{host}-{how.lower()}"
             alone = Kafka(kafka.settings.model_copy(update={"system": system}))
@@ -188,6 +198,10 @@ async def test_whoever_falls_silent_on_either_host_is_restarted_within_a_minute_
         await asyncio.gather(*(way.send(40) for way in ways.values()))
         await asyncio.gather(*(way.until_echoed(120) for way in ways.values()))
         assert restarts(supervisor) == {}
+        for waiting in WAITING:
+            (ways[waiting].control / "away").touch()
+            await ways[waiting].send(20)
+        since = time.monotonic()
 
         async def fall_silent(host: str, how: str) -> float:
             way, name = ways[host, how], specs[host, how].name
@@ -199,6 +213,10 @@ async def test_whoever_falls_silent_on_either_host_is_restarted_within_a_minute_
 
         took = await asyncio.gather(*(fall_silent(host, how) for host, how in SILENT))
         print("\n", {f"{host} {how}": round(s, 1) for (host, how), s in zip(SILENT, took, strict=True)})
+        await asyncio.sleep(since + STALL_S + 3 * WATCH_SECONDS - time.monotonic())
+        assert restarts(supervisor) == {specs[silent].name: 1 for silent in SILENT}, "not who says what it waits on"
+        for waiting in WAITING:
+            (ways[waiting].control / "away").unlink()
         await asyncio.gather(*(way.until_echoed(120) for way in ways.values()))
-        assert restarts(supervisor) == {spec.name: 1 for spec in specs.values()}
+        assert restarts(supervisor) == {specs[silent].name: 1 for silent in SILENT}
         assert max(took) <= RESTARTED_WITHIN_S

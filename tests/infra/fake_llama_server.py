@@ -1,4 +1,4 @@
-"""A program that stands where llama-server does: it takes the same flags, prints what it prints, and answers /health."""
+"""A program that stands where llama-server does: the same flags, the same words, and /health."""
 
 import stat
 import sys

@@ -1,4 +1,4 @@
-"""What keeps a service running: starts, deaths, hangs, memory that runs out; on a program that stands for llama-server."""
+"""What keeps a service running: starts, deaths, hangs, memory that runs out; on a program in llama-server's place."""
 
 import asyncio
 import json

@@ -213,7 +213,7 @@ def test_what_cannot_be_started_is_said_before_anything_starts(
 
 def seen(free: int) -> Callable[[], Any]:
     async def look() -> Seen:
-        return Seen(cards=(Reading(index=0, name="A card", memory_total=16 * 2**30, memory_used=16 * 2**30 - free),))
+        return Seen(cards=(Reading(0, name="A card", memory_total=16 * 2**30, memory_used=16 * 2**30 - free),))
 
     return look
 

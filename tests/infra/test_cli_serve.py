@@ -57,6 +57,12 @@ def test_it_serves_the_demos_model_and_ends_in_order(served: tuple[subprocess.Po
     assert "detector stopped after" in process.stdout.read()
 
 
+def test_a_stop_while_the_model_loads_waits_for_no_model(served: tuple[subprocess.Popen[str], str]) -> None:
+    process, _ = served
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [("SERVICE__ENABLED", "false", "REWATCH_DETECTOR__SERVICE__ENABLED"), ("MODEL_PATH", "/no", "detector.model_path")],

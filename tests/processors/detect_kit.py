@@ -98,15 +98,34 @@ def _tiny() -> dict[str, Any]:
 def _save(kind: Any, config: Any, folder: Path, side: int) -> str:
     torch.manual_seed(0)
     model = kind(config)
-    # Norms as training leaves them, so that what is folded is something. Not in the full-size ones: random norms make
-    # all 8,400 places score alike there, and which 300 are selected is chance.
-    with torch.no_grad():
-        for module in model.modules() if side < _FULL else ():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.1)
+    _settle(model.eval(), side)
     model.save_pretrained(folder)
     RTDetrImageProcessorPil(size={"height": side, "width": side}, do_normalize=False).save_pretrained(folder)
     return str(folder)
+
+
+@torch.no_grad()
+def _settle(model: torch.nn.Module, side: int) -> None:
+    """Make of fresh weights some that tell places apart: fresh ones give each of the 8,400 the same score.
+
+    Which 300 of them are looked at closer is chance then, and other in every runtime. So norms get the statistics of
+    what reaches them, as training leaves them, and some that folding must heed; and boxes leave their anchors.
+    """
+
+    def fit(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
+        norm.running_var.copy_(inputs[0].var((0, 2, 3)) + 0.01)
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_(0, 0.1)
+
+    hooks = []
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            hooks.append(module.register_forward_pre_hook(fit))
+        elif type(module).__name__.endswith("MLPPredictionHead"):
+            last: Any = module.layers[-1]  # type: ignore[index]
+            last.weight.normal_(0, 0.1)
+    rng = np.random.default_rng(1)
+    model(torch.from_numpy(rng.random((2, 3, side, side), np.float32)))
+    for hook in hooks:
+        hook.remove()

@@ -4,11 +4,12 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import OffsetOutOfRangeError
+from aiokafka.errors import KafkaConnectionError, OffsetOutOfRangeError
 
 from streams.delivery import Ownership
 from streams.kafka import Kafka, KafkaSettings
@@ -218,3 +219,67 @@ async def test_what_is_revoked_in_the_middle_of_its_work_leaves_nothing_running(
         assert asyncio.all_tasks() == before
         # Whoever waited for a slot that came free in that moment may have got it; nobody went on to a second record.
         assert len(stage.begun) <= begun + 3
+
+
+class Standing:
+    """A consumer that stands at offset 4 of each partition, with nine records there, unless the broker is away."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.asked = 0
+        self._client = SimpleNamespace(_loop=asyncio.get_running_loop())
+
+    def assignment(self) -> set[TopicPartition]:
+        return set(IN)
+
+    def partitions_for_topic(self, _topic: str) -> set[int]:
+        return set(range(4))
+
+    async def end_offsets(self, tps: set[TopicPartition]) -> dict[TopicPartition, int]:
+        self.asked += 1
+        if self.away:
+            raise KafkaConnectionError
+        return dict.fromkeys(tps, 9)
+
+
+async def test_what_does_not_come_is_said_unless_the_broker_is_away_or_there_is_no_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("streams.workers.LOOK_S", 0.02)
+    monkeypatch.setattr("streams.hearing.DEAF_S", 0.05)
+    monkeypatch.setattr("streams.workers.position", lambda _consumer, _tp: 4)
+    async with sharing(Busy(concurrency=1, turns=1), monkeypatch) as workers:
+        consumer: Any = Standing()
+        workers.collector.consumer = consumer
+        watching = asyncio.create_task(workers.watch())
+
+        async def looked(times: int) -> None:
+            upto = consumer.asked + times
+            async with asyncio.timeout(20):
+                while consumer.asked < upto:
+                    await asyncio.sleep(0.005)
+
+        async def said(deaf: bool) -> None:
+            async with asyncio.timeout(20):
+                while (workers.liveness.stall() is not None) is not deaf:
+                    await asyncio.sleep(0.005)
+
+        try:
+            await asyncio.sleep(0.1)
+            assert not consumer.asked, "it has not joined its group yet"
+            workers.liveness.generation = 1
+            await said(deaf=True)
+            assert "ends at offset 9 and is not read on from 4" in str(workers.liveness.stall())
+            consumer.away = True
+            await said(deaf=False)
+            await looked(5)
+            assert workers.liveness.stall() is None
+            consumer.away = False
+            await said(deaf=True)
+            monkeypatch.setattr(workers, "full", lambda _tp: True)
+            await said(deaf=False)
+            await looked(5)
+            assert workers.liveness.stall() is None
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)

@@ -20,7 +20,7 @@ from streams.doors import refuse
 _NAMES = frozenset({b"file", b"files"})
 
 # What a body has besides its files: boundaries and part headers, or JSON's own characters.
-_FRAMING = 1024
+_FRAMING = 4096
 
 # Of a body of JSON: itself, its text, and the bytes that the text says, which are three quarters of it.
 _JSON_COPIES = 3

@@ -267,11 +267,13 @@ class _Hand:
         """Hold so many bytes more, or fewer.
 
         Raises:
-            HTTPException: 429, there is no room for them.
+            HTTPException: 429, there is no room for them; 413, there never is.
         """
         bodies = self._door._bodies  # noqa: SLF001
         if count < 0:
             bodies.give(-count)
+        elif self._bytes + count > bodies.size:
+            raise refuse(413, f"more than {bodies.size:,} bytes in one request (detector.service.bodies_mb)")
         elif not bodies.grab(count):
             raise refuse(429, "too many bytes at once (detector.service.bodies_mb)", self._door._wait_s())  # noqa: SLF001
         self._bytes += count
