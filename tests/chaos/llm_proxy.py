@@ -81,6 +81,8 @@ class LlmProxy:
         if asked and manner is not None:
             self.spoiled[asked] += 1
             self.misbehaved += asked not in self.poisoned
+        elif manner in {"errors", "hangs"}:  # who is asked what it is misbehaves as well, and may be asked no more then
+            self.misbehaved += 1
         if manner == "errors":
             await _answer(writer, 500, b'{"error": {"message": "chaos"}}')
         elif manner == "hangs":

@@ -175,7 +175,13 @@ async def _exported(settings: Settings, say: Callable[[str], None]) -> None:
     cache = settings.data_dir / "cache" / "detector"
     command = ("-m", "processors.detect.export", folder, str(cache), "--threads", str(settings.detector.threads))
     process = await asyncio.create_subprocess_exec(sys.executable, *command, stdin=asyncio.subprocess.PIPE)
-    if await process.wait():
+    try:
+        await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
         raise StartError(f"the detector's export ended with code {process.returncode}")
 
 

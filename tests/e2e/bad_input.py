@@ -244,12 +244,14 @@ def contexts(camera: str) -> dict[str, tuple[Context, str]]:
     good = Context(
         batch_id=batch.batch_id, camera_id=camera, batch=batch, camera_name=camera, time_zone="UTC", sections=()
     )
+    [frame] = batch.frames
+    crowded = replace(frame, boxes=tuple(replace(frame.boxes[0], label=f"thing-{n}") for n in range(600)))
     faults = {
         "no frames": (replace(good, batch=replace(batch, frames=())), "a window without frames"),
         "no time zone": (replace(good, time_zone="Mars/Olympus"), "no local time in zone 'Mars/Olympus'"),
         "a time zone that climbs": (replace(good, time_zone="../../etc/passwd"), "etc/passwd"),
         "before the calendar": (replace(good, batch=replace(batch, started_at=-(2**63))), "no local time"),
-        "a camera's name of 1 MB": (replace(good, camera_name="door " * 200_000), "raise llm.context_size"),
+        "hundreds of classes": (replace(good, batch=replace(batch, frames=(crowded,))), "raise llm.context_size"),
     }
     return {fault: (replace(context, batch_id=f"forged {fault}"), says) for fault, (context, says) in faults.items()}
 

@@ -523,7 +523,7 @@ async def test_a_context_that_cannot_be_judged_is_a_dead_letter(here: Watch, fau
     letter = await here.letter(await here.forge("contexts", HURT, context), "analyze")
     assert says in letter.message
     assert letter.camera_id == HURT
-    await here.goes_on(HURT, judged=fault == "a camera's name of 1 MB")
+    await here.goes_on(HURT, judged=fault == "hundreds of classes")
 
 
 @pytest.mark.parametrize(
@@ -585,7 +585,7 @@ async def test_a_pointer_to_no_prompt_waits_for_one_and_judges_by_no_other(here:
     answer = await here.upload(SET, await asyncio.to_thread(here.good))
     await here.end(SET)
     await here.eventually(
-        lambda: here.said("analyze", "prompt version 0{32} is active but not in `prompts`"), "a word of analyze"
+        lambda: here.said("analyze", "prompt version 0{32}, .*it is active but not in `prompts`"), "a word of analyze"
     )
     await here.goes_on(HURT, judged=True)  # other cameras are judged meanwhile
     await here.forge("prompts", SET, replace(pointer, digest=prompts.default().digest))
