@@ -14,14 +14,14 @@ from infra.config import Settings
 from infra.recorded import Recorded
 from processors.analyze import core
 from processors.analyze.core import Rendered
-from processors.analyze.fitting import budget, fit
+from processors.analyze.fitting import Count, budget, fit
 from processors.analyze.gate import Priority
 from processors.analyze.judge import CANARY, Judge
 from processors.analyze.llm import OpenAiLlm
-from processors.analyze.port import Llm
+from processors.analyze.port import AttemptError, Llm
 from processors.analyze.settings import SLOTS
 from schemas import prompts
-from schemas.prompts import PromptError, PromptVersion
+from schemas.prompts import Message, PromptError, PromptVersion
 from schemas.records import Context, ContextSection, RiskEvent
 from streams.errors import UnavailableError, UnprocessableError
 
@@ -83,23 +83,28 @@ async def servers(settings: Settings) -> AsyncIterator[list[Llm]]:
 
 
 async def shown(settings: Settings, llms: Sequence[Llm], context: Context, prompt: PromptVersion) -> Shown:
-    """The chat for a window, its tokens counted by the first server that answers; where all are away, by the settings.
+    """The chat for a window, its tokens counted by the first server that does; where all are away, by the settings.
 
     Raises:
         PromptError: it cannot be rendered, or its fixed part is too long.
         ValueError: the window cannot be told of.
     """
-    server = llms[0]
-    # The embedded server's slots share the context.
-    size = settings.llm.context_size // ((settings.llm.slots or SLOTS) if settings.local_llm else 1)
+
+    async def counted(size: int, count: Count) -> Shown:
+        most = budget(size, settings.llm, prompt)
+        rendered = await fit(context, prompt, most, count)
+        tokens = await count(rendered.messages)
+        return Shown(rendered, tokens, tokens != core.token_bound(rendered.messages), most)
+
+    async def bound(messages: Sequence[Message]) -> int:
+        return core.token_bound(messages)
+
     for llm in llms:
-        with contextlib.suppress(UnavailableError):
-            server, size = llm, (await llm.server()).context_size
-            break
-    most = budget(size, settings.llm, prompt)
-    rendered = await fit(context, prompt, most, server.count_tokens)
-    tokens = await server.count_tokens(rendered.messages)
-    return Shown(rendered, tokens, tokens != core.token_bound(rendered.messages), most)
+        with contextlib.suppress(UnavailableError, AttemptError):
+            return await counted((await llm.server()).context_size, llm.count_tokens)
+    # The embedded server's slots share the context.
+    slots = (settings.llm.slots or SLOTS) if settings.local_llm else 1
+    return await counted(settings.llm.context_size // slots, bound)
 
 
 async def check(settings: Settings, llms: Sequence[Llm], prompt: PromptVersion) -> None:
@@ -137,8 +142,13 @@ async def try_out(
     Raises:
         UnavailableError: the servers are away, or do not judge the canary with this version.
     """
+    told = settings.llm.slots
+    for llm in llms:
+        if not told:
+            with contextlib.suppress(UnavailableError):
+                told = (await llm.server()).slots
     # One slot is left to live windows, where there is more than one.
-    slots = max(1, (settings.llm.slots or (await llms[0].server()).slots or SLOTS) - 1)
+    slots = max(1, (told or SLOTS) - 1)
     mine = settings.llm.model_copy(update={"slots": slots})
     judge = Judge(llms, mine, conditions=topology.conditions(settings))
     free = asyncio.Semaphore(slots * len(llms))

@@ -1,6 +1,7 @@
 """Prompt versions and pointers on the log: which version judges a camera, and all that was ever said about it."""
 
 import difflib
+import shlex
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -60,9 +61,10 @@ class Prompts:
         known = self._made.get(pointer.digest)
         if known is None:
             why = self._refused.get(pointer.digest, "it is active but not in `prompts`")
+            scope = pointer.scope
             raise UnavailableError(
                 "settings",
-                f"prompt version {pointer.digest}, {_scope(pointer.scope)}: {why}; `rewatch prompt rollback` undoes it",
+                f"prompt version {pointer.digest}, {_scope(scope)}: {why}; `{rollback(scope)}` undoes it",
             )
         return known.version
 
@@ -185,6 +187,11 @@ class Prompts:
             return str(error)
         self._made.setdefault(version.digest, Known(version, record.created_at, record.comment))
         return None
+
+
+def rollback(scope: str) -> str:
+    """The command that undoes the scope's last move: without its camera it would move everyone's pointer."""
+    return "rewatch prompt rollback" + ("" if scope == DEFAULT else f" --camera {shlex.quote(scope)}")
 
 
 def _scope(scope: str) -> str:

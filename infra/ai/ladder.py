@@ -47,7 +47,7 @@ class Ladder:
         Args:
             log: what the last run said; it counts only if this ladder has seen that run start.
         """
-        if self.lower and ran_out_of_gpu_memory(log):
+        if self._started and self.lower and ran_out_of_gpu_memory(log):
             before, self._at = self.layers, self._at + 1
             now = f"{self.layers} of its layers are there now" if self.layers else "it runs on the CPU now"
             self._fell(self.layers, f"CUDA memory ran out with {_said(before)} on the GPU: {now}")

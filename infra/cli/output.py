@@ -50,6 +50,10 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=_jsonable))
 
 
+# An event's id is 60 letters long; a camera's, a model's or a prompt's name is rarely half of this.
+_WHOLE = 32
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
     """A table; numbers stand to the right, and nothing in a cell is taken for markup or terminal control."""
     rows = [list(row) for row in rows]
@@ -58,7 +62,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
         cells = [row[index] for row in rows if row[index] is not None]
         numbers = sum(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
         numeric = numbers > len(cells) / 2  # among counts an estimate is a text, `~70000`
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        # What names a row stays in one piece, to be copied, unless it is long.
+        whole = index == 0 and all(len(text_of(cell)) <= _WHOLE for cell in cells)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(text_of(cell)) for cell in row))
     console().print(table)

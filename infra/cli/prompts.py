@@ -58,6 +58,8 @@ def ls(
     as_json: JsonFlag = False,
 ) -> None:
     """List the versions, which are in force for which cameras, since when and why."""
+    from streams.prompts import rollback as undo
+
     settings: Settings = ctx.obj
 
     async def main() -> "Prompts":
@@ -123,7 +125,8 @@ def ls(
     print_table(("version", "digest", "in force for", "since", "why", "made at", "comment"), rows)
     for digest in active.keys() - found.versions().keys():
         scopes = ", ".join(_cameras_of(pointer.scope) for pointer in active[digest])
-        typer.echo(f"{digest} is in force for {scopes}, and is not there: its windows wait; `rewatch prompt rollback`")
+        fixes = ", ".join(f"`{undo(pointer.scope)}`" for pointer in active[digest])
+        typer.echo(f"{digest} is in force for {scopes}, and is not there: its windows wait; {fixes}")
 
 
 @app.command(
@@ -411,7 +414,10 @@ def promote(
     A camera's own version stays in force when another is promoted for all. A version that cannot be rendered, or
     whose fixed part leaves no room in the context, is refused.
     """
+    from streams.prompts import rollback as undo
+
     settings: Settings = ctx.obj
+    scope = _scope_of(camera)
 
     async def main() -> "tuple[PromptVersion, bool]":
         from infra import prompts
@@ -427,16 +433,13 @@ def promote(
         except PromptError as error:
             fail(f"not promoted: {error}", NO)
         await known.add(found, comment)
-        return found, await known.point(camera or "default", found.digest, comment)
+        return found, await known.point(scope, found.digest, comment)
 
     found, moved = run(settings, main, doing="checking ...")
-    scope = camera or "default"
     if as_json:
         print_json({"digest": found.digest, "name": found.name, "scope": scope, "changed": moved})
     elif moved:
-        typer.echo(
-            f"{_short(found)} judges {_cameras_of(scope)} from the next window on; `rewatch prompt rollback` undoes it"
-        )
+        typer.echo(f"{_short(found)} judges {_cameras_of(scope)} from the next window on; `{undo(scope)}` undoes it")
     else:
         typer.echo(f"{_short(found)} judges {_cameras_of(scope)} already; nothing was changed")
 
@@ -459,7 +462,7 @@ def rollback(
     A second time goes forward again: to go further back, promote a version of `rewatch prompt ls --history`.
     """
     settings: Settings = ctx.obj
-    scope = camera or "default"
+    scope = _scope_of(camera)
 
     async def main() -> "tuple[Prompts, str, str]":
         known = await _load(settings)
@@ -483,6 +486,17 @@ def rollback(
     typer.echo(
         f"{names[now]} judges {_cameras_of(scope)} again from the next window on, instead of {names.get(was, was)}"
     )
+
+
+def _scope_of(camera: str | None) -> str:
+    """The scope of a camera's pointer, or of everyone's."""
+    if camera == "default":
+        fail(
+            "camera default can have no version of its own: `default` is the pointer of every camera without one. "
+            "Leave --camera out to move that, or send that camera's pictures under another name",
+            USAGE,
+        )
+    return camera or "default"
 
 
 async def _load(settings: "Settings") -> "Prompts":

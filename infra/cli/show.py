@@ -104,11 +104,10 @@ async def collect(settings: "Settings") -> dict[str, Any]:
     """What `rewatch status --json` says.
 
     Returns `topics` (`topic`, `records`, `exact`, `in_clickhouse`: None where it cannot be told), `stages` (`stage`,
-    `lag`, `exact`, `caught_up`, `waiting_on`, `workers`: those of detect also say `detector`, its model and runtime),
-    `models` (`role`, `name`, `sha256` and `toy` of those that
-    made the newest records), `processes`, `metrics` (addresses of this machine's processes), `gpu` (see
-    `infra.gpus.told`), `not_taken` (what lies in the inbox and is no camera's), `dead_letters` and `problems`: services
-    that are away. It never raises for those.
+    `lag`, `exact`, `caught_up`, `waiting_on`, `workers`: those of detect tell `detector`, its `model` and `runtime`),
+    `models` (`role`, `name`, `sha256` and `toy` of those that made the newest records), `processes`, `metrics`
+    (addresses of this machine's processes), `gpu` (see `infra.gpus.told`), `not_taken` (what lies in the inbox and is
+    no camera's), `dead_letters` and `problems`: services that are away. It never raises for those.
     """
     from infra import gpus, topology
     from infra.local.supervisor import running
@@ -229,7 +228,7 @@ def _print_status(state: dict[str, Any], settings: "Settings") -> None:
         typer.echo(f"{model['role']}: {printable(model['name'])}{toy}")
     detectors = [worker["detector"] for stage in state["stages"] for worker in stage["workers"] if "detector" in worker]
     for model, runtime in sorted({(detector["model"], detector["runtime"]) for detector in detectors}):
-        typer.echo(f"detect runs {printable(model or 'the service')} by {printable(runtime)}")
+        typer.echo(f"detect runs {printable(model)} by {printable(runtime)}")
     typer.echo(f"gpu: {printable(sentence(state['gpu']))}")
     if state["metrics"]:
         first = state["metrics"][0]

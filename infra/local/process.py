@@ -150,7 +150,7 @@ class Process:
 
     def bound_log(self) -> None:
         """Copy the log away and truncate it once it is too long; the child appends, so it need not know."""
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it is not there yet, or the disk is full: the child must run all the same
             if self.log_path.stat().st_size > LOG_MAX_BYTES:
                 self.log_path.with_suffix(".log.1").write_bytes(self.log_path.read_bytes())
                 os.truncate(self.log_path, 0)
@@ -158,7 +158,7 @@ class Process:
     def _spawn_log(self) -> None:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self.bound_log()
-        with self.log_path.open("a") as log:
+        with suppress(OSError), self.log_path.open("a") as log:  # a full disk
             log.write(f"{_START}{time.strftime('%Y-%m-%dT%H:%M:%S%z')} starting {self.spec.name}\n")
 
     async def _until_ready(self) -> None:

@@ -92,6 +92,7 @@ class Supervisor:
         self._lock = FileLock(self.data_dir / "run.lock")
         self._started_at = 0.0
         self._failed: asyncio.Future[None] | None = None
+        self._unwritten = False
         for spec in specs:
             self._register(spec)
 
@@ -135,7 +136,7 @@ class Supervisor:
         """Wait until a process is given up; to be cancelled by whoever stops the supervisor.
 
         Raises:
-            ProcessFailedError: A process failed more often than `max_restarts` in a row.
+            ProcessFailedError: A process failed more often than `max_restarts` in a row, or its supervision broke off.
         """
         assert self._failed is not None, "not started"
         await asyncio.shield(self._failed)
@@ -150,7 +151,7 @@ class Supervisor:
         child = self._children[name]
         child.ready.clear()
         if child.task is None or child.task.done():  # given up before: a person asks for another try
-            child.task = asyncio.create_task(self._supervise(child), name=f"supervise {name}")
+            self._begin(child)
         else:
             child.restart.set()
         await self._until_ready(child)
@@ -211,7 +212,7 @@ class Supervisor:
 
     async def _launch(self, children: list[_Child]) -> None:
         for child in children:
-            child.task = asyncio.create_task(self._supervise(child), name=f"supervise {child.spec.name}")
+            self._begin(child)
         waits = [asyncio.create_task(self._until_ready(child)) for child in children]
         try:
             await asyncio.gather(*waits)
@@ -219,6 +220,25 @@ class Supervisor:
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
+
+    def _begin(self, child: _Child) -> None:
+        child.task = asyncio.create_task(self._supervise(child), name=f"supervise {child.spec.name}")
+        child.task.add_done_callback(lambda task: self._broke_off(child, task))
+
+    def _broke_off(self, child: _Child, task: asyncio.Task[None]) -> None:
+        """Nobody would start this child again: that ends all, as a process that is given up does."""
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        log.error("%s: its supervision broke off", child.spec.name, exc_info=error)
+        child.error = ProcessFailedError(f"{child.spec.name} is supervised no more: {error!r}. Please report this")
+        child.ready.clear()
+        self._give_up(child)
+
+    def _give_up(self, child: _Child) -> None:
+        self._set(child, "failed")
+        if self._failed is not None and not self._failed.done() and child.error is not None:
+            self._failed.set_exception(child.error)
 
     async def _until_ready(self, child: _Child) -> None:
         assert child.task is not None, "not started"
@@ -256,9 +276,7 @@ class Supervisor:
             self._set(child, "backing off")
             await asyncio.sleep(min(BACKOFF_MAX_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** (failures - 1)))
             child.restarts += 1
-        self._set(child, "failed")
-        if self._failed is not None and not self._failed.done() and child.error is not None:
-            self._failed.set_exception(child.error)
+        self._give_up(child)
 
     async def _run_once(self, child: _Child) -> str | None:
         """Start it and see it end; why it ended, or None when a restart was asked for."""
@@ -293,6 +311,8 @@ class Supervisor:
         while True:
             await asyncio.sleep(self._watch)
             child.process.bound_log()
+            if self._unwritten:
+                self._write()
             if child.spec.stalled is None:
                 continue
             try:
@@ -319,12 +339,23 @@ class Supervisor:
 
     def _set(self, child: _Child, state: State) -> None:
         child.state = state
+        self._write()
+
+    def _write(self) -> None:
+        """Write what runs. A full disk ends no supervision: it is written when there is room again."""
         if not self._lock.is_locked:
             return
         path = self.data_dir / "run.json"
         draft = path.with_suffix(".json.new")
-        draft.write_text(json.dumps(self.state(), indent=1))
-        draft.replace(path)
+        try:
+            draft.write_text(json.dumps(self.state(), indent=1))
+            draft.replace(path)
+        except OSError as error:
+            if not self._unwritten:
+                log.warning("%s is not written, `rewatch status` may be wrong: %s", path, error)
+            self._unwritten = True
+        else:
+            self._unwritten = False
 
 
 def read_state(data_dir: Path) -> dict[str, Any] | None:

@@ -94,7 +94,7 @@ PROFILES = (
         "the demo's toy: 3 MB, on the CPU",
         context=2048,  # it was trained on 1,024 tokens, and has two slots
         gpu_layers=0,
-        allowance_s=30,
+        allowance_s=60,  # next to nothing to load, but on a machine that may be busy with all the rest
         architectures=("nemotron",),
         named=r"rewatch-demo-analyst",
     ),

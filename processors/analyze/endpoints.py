@@ -2,8 +2,9 @@
 
 A server is set aside, for every prompt while it is away, and for one prompt while it does not judge that prompt's
 canary. Work goes on with the others. Beside it the one that is set aside is asked again, after a second, then
-less often; it comes back when it answers, and judges the canary that it failed. With no other left, whoever has work
-asks all of them at once, and waits for the first that is well.
+less often; it comes back when it answers, and judges the canary that it failed. One that says who it is and refuses
+work comes back by a canary too. With no other left, whoever has work asks those that are away at once, and waits for
+the first that is well; a canary that failed has its pause also then, for it costs what a window costs.
 """
 
 import asyncio
@@ -24,6 +25,9 @@ _RETRY_S = (1.0, 30.0)
 """The first and the longest pause before one that is set aside is asked again: a restart takes seconds, a model of
 30 GB minutes to load."""
 
+_DOUBLINGS = 8
+"""More make no longer pause (it is bounded), and a thousand no number."""
+
 
 class Canary(NamedTuple):
     """How the last canary of a prompt went on one server."""
@@ -31,6 +35,21 @@ class Canary(NamedTuple):
     began: int
     failure: str | None
     took_s: float
+
+
+class Pause:
+    """When what failed is tried again: after a second, and each time it fails again later."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.until = 0.0
+
+    def longer(self, now: float) -> None:
+        """It failed. What failed beside it, or was asked before its time, is the same failure."""
+        if now >= self.until:
+            first, longest = _RETRY_S
+            self.until = now + min(longest, first * 2 ** min(self.failures, _DOUBLINGS))
+            self.failures += 1
 
 
 class Endpoint:
@@ -41,18 +60,27 @@ class Endpoint:
         self.name = llm.name
         self.away: str | None = "not asked yet"
         """Why it takes no work; None while it does."""
+        self.doubt: str | None = None
+        """What it refused work with; it has more once a canary was good."""
         self.canaries: dict[str, Canary] = {}
         """The last one of each prompt, by digest."""
         self.lock = asyncio.Lock()
         """One canary at a time."""
         self.checks: dict[str, asyncio.Task[None]] = {}
-        self.failures = 0
-        self.retry_at = 0.0
+        self.pause = Pause()
+        """Before it is asked again while it is away."""
+        self.pauses: dict[str, Pause] = {}
+        """Before the canary of a prompt is judged again while it fails, by digest."""
 
     def fault(self, prompt: PromptVersion) -> str | None:
         """Why it does not judge with this prompt; None where it does."""
         canary = self.canaries.get(prompt.digest)
-        return self.away or (canary.failure if canary is not None else None)
+        return self.away or self.doubt or (canary.failure if canary is not None else None)
+
+    def due(self, prompt: PromptVersion, now: float) -> bool:
+        """Whether it is time to find out if it judges with this prompt again."""
+        pause = self.pause if self.away is not None else self.pauses.get(prompt.digest)
+        return pause is None or now >= pause.until
 
 
 class Endpoints:
@@ -103,22 +131,30 @@ class Endpoints:
         if endpoint.away is None:
             log.warning("llm set aside", endpoint=endpoint.name, why=str(error))
         endpoint.away = str(error)
-        self._later(endpoint)
+        endpoint.pause.longer(self._clock())
+        endpoint.pauses.clear()  # who comes back may be another than who failed
         self.gate.close(endpoint.name)
+
+    def refused(self, endpoint: Endpoint, error: UnavailableError) -> None:
+        """An attempt found it away. What it says of itself is not enough then: it may answer that, and no request."""
+        if endpoint.away is None:  # else whoever asked it has set it aside
+            endpoint.doubt = str(error)
+            self.set_aside(endpoint, error)
 
     def well(self, prompt: PromptVersion) -> list[Endpoint]:
         """The endpoints that judge with this prompt, as far as known."""
         return [endpoint for endpoint in self.all if endpoint.fault(prompt) is None]
 
     async def find(self, prompt: PromptVersion) -> list[Endpoint]:
-        """The endpoints that judge with this prompt; while there are none, all are asked.
+        """The endpoints that judge with this prompt; while there are none, all that are away are asked.
 
         Raises:
             UnavailableError: none does.
         """
         well = self.well(prompt)
         ill = [endpoint for endpoint in self.all if endpoint not in well]
-        asked = {self._check(one, prompt) for one in ill if not well or self._clock() >= one.retry_at}
+        now = self._clock()
+        asked = {self._check(one, prompt) for one in ill if one.due(prompt, now) or (not well and one.away is not None)}
         while asked and not well:
             done, asked = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -132,22 +168,17 @@ class Endpoints:
         """Return once a canary that began there after `since` was good. Who asks at the same time shares one.
 
         Raises:
-            UnavailableError: it failed; the endpoint is set aside for this prompt.
+            UnavailableError: it failed, or did and has its pause; the endpoint is set aside for this prompt.
         """
         asked = self.tick()
         async with endpoint.lock:
             last = endpoint.canaries.get(prompt.digest)
-            if last is None or last.began <= (since if last.failure is None else asked):
-                began = self.tick()
-                last = Canary(began, *await self._canary(endpoint, prompt))
-                endpoint.canaries[prompt.digest] = last
-                if last.failure is not None:
-                    self._later(endpoint)
+            if last is None or (
+                last.began <= since if last.failure is None else last.began <= asked and self._may_ask(endpoint, prompt)
+            ):
+                last = endpoint.canaries[prompt.digest] = await self._judge(endpoint, prompt)
         if last.failure is not None:
-            name = prompt.name or prompt.digest
-            raise UnavailableError(
-                "llm", f"{endpoint.name} (llm.url) does not judge the canary with prompt {name}: {last.failure}"
-            )
+            raise UnavailableError("llm", last.failure)
 
     async def close(self) -> None:
         """Let go of everything."""
@@ -171,11 +202,24 @@ class Endpoints:
             await self.server(endpoint)
             if endpoint.fault(prompt) is not None:
                 await self.prove(endpoint, prompt, since=self.tick())
-            if endpoint.failures:
+            if endpoint.pause.failures:
                 log.info("llm is back", endpoint=endpoint.name)
-            endpoint.failures = 0
+            endpoint.pause = Pause()
 
-    def _later(self, endpoint: Endpoint) -> None:
-        first, longest = _RETRY_S
-        endpoint.retry_at = self._clock() + min(first * 2**endpoint.failures, longest)
-        endpoint.failures += 1
+    def _may_ask(self, endpoint: Endpoint, prompt: PromptVersion) -> bool:
+        """Whether a canary that failed may be judged again. One that is away is asked first who it is: cheap."""
+        return endpoint.away is not None or endpoint.due(prompt, self._clock())
+
+    async def _judge(self, endpoint: Endpoint, prompt: PromptVersion) -> Canary:
+        """Have a canary judged."""
+        began = self.tick()
+        failure, took_s = await self._canary(endpoint, prompt)
+        if failure is None:
+            endpoint.doubt = None
+            endpoint.pauses.pop(prompt.digest, None)
+            return Canary(began, None, took_s)
+        if endpoint.away is None:  # else it is asked again as one that is away
+            endpoint.pauses.setdefault(prompt.digest, Pause()).longer(self._clock())
+        name = prompt.name or prompt.digest
+        said = f"{endpoint.name} (llm.url) does not judge the canary with prompt {name}: {failure}"
+        return Canary(began, said, took_s)

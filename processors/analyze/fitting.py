@@ -23,6 +23,7 @@ async def fit(context: Context, prompt: PromptVersion, most: int, count: Count) 
     Raises:
         PromptError: it cannot be rendered, or has more tokens without any section.
         ValueError: as `core.variables`.
+        Exception: what `count` raises.
     """
     size = 0
     for rendered in core.renderings(context, prompt):

@@ -7,8 +7,10 @@ be, and with a server to itself, so that one that dies or hangs then was killed 
 A server whose canary fails is set aside (`endpoints`), and not the item: it goes on with another server, and what it
 failed in is neither held against it nor forgotten. When that server is well again, it counts: or an item that kills
 every server it meets would go round for ever, each time while the last one is being restarted. For the same reason
-an item that failed three times waits for the canaries of those servers, whatever others there are. While no server
-judges the canary, everything waits.
+it never goes back to a server where its failure is not proven yet, and so has an attempt more at most for each server.
+With none left to try it waits for their canaries. While no server judges the canary, everything waits.
+
+A failure says something about the item under one prompt only: under another version it begins anew.
 """
 
 import asyncio
@@ -26,7 +28,7 @@ from processors.analyze import answers, core
 from processors.analyze.answers import UnusableError, Verdict
 from processors.analyze.core import Answered, Rendered
 from processors.analyze.endpoints import Endpoint, Endpoints
-from processors.analyze.fitting import fit
+from processors.analyze.fitting import budget, fit
 from processors.analyze.gate import ClosedError, Held, Priority
 from processors.analyze.metrics import AnalyzeMetrics
 from processors.analyze.port import AttemptError, Completion, Llm
@@ -114,16 +116,18 @@ class Failure(NamedTuple):
 
 @dataclass
 class _Case:
-    """What is held against one item."""
+    """What is held against one item under one prompt."""
 
     blamed: list[Failure] = field(default_factory=list)
     pending: list[Failure] = field(default_factory=list)
-    """Not proven yet: the server's canary has not been good since."""
+    """Not proven yet: the server's canary has not been good since. One a server at most."""
 
-    def untried(self, endpoints: Sequence[Endpoint]) -> Sequence[Endpoint]:
-        """Those of them where it has not failed; where there are none, all."""
-        failed = [failure.endpoint for failure in (*self.blamed, *self.pending)]
-        return [endpoint for endpoint in endpoints if endpoint not in failed] or endpoints
+    def open_to(self, endpoints: Sequence[Endpoint]) -> Sequence[Endpoint]:
+        """Those of them where it may be tried: where it has not failed, else where each failure is proven."""
+        pending = [failure.endpoint for failure in self.pending]
+        blamed = [failure.endpoint for failure in self.blamed]
+        proven = [endpoint for endpoint in endpoints if endpoint not in pending]
+        return [endpoint for endpoint in proven if endpoint not in blamed] or proven
 
     @property
     def closed(self) -> bool:
@@ -161,7 +165,7 @@ class Judge:
         self._endpoints = Endpoints(llms, self._slots, self._canary, clock)
         self.gate = self._endpoints.gate
         self.metrics = AnalyzeMetrics(self._endpoints)
-        self._cases: OrderedDict[str, _Case] = OrderedDict()
+        self._cases: OrderedDict[tuple[str, str], _Case] = OrderedDict()
 
     async def judge(
         self,
@@ -185,11 +189,12 @@ class Judge:
             core.variables(context)
         except ValueError as error:
             raise UnprocessableError(str(error), camera_id=context.camera_id) from error
-        case = self._cases.get(key) or _Case()
+        name = (key, prompt.digest)
+        case = self._cases.get(name) or _Case()
         while True:
             await self._settle(case, prompt)
             if case.closed:
-                self._cases.pop(key, None)
+                self._cases.pop(name, None)
                 raise self._give_up(case, context, prompt)
             # This asks servers that are not known yet, before the slot: reading 30 GB of weights for their digest takes
             # a minute, once, and no item's time.
@@ -197,7 +202,7 @@ class Judge:
             try:
                 verdict, answered = await self.gate.run(
                     partial(self._attempt, context, prompt, case),
-                    among=[endpoint.name for endpoint in case.untried(well)],
+                    among=[endpoint.name for endpoint in case.open_to(well)],
                     priority=priority,
                     alone=bool(case.blamed),
                     prefix=prompt.digest,
@@ -212,7 +217,7 @@ class Judge:
                     error.kind, str(error), error.raw[:_RAW_CHARS], error.endpoint, self._endpoints.tick()
                 )
                 case.pending.append(failure)
-                self._remember(key, case)
+                self._remember(name, case)
                 self.metrics.failures.add(error.kind)
                 log.warning(
                     "attempt failed",
@@ -223,7 +228,7 @@ class Judge:
                     blamed=len(case.blamed),
                 )
             else:
-                self._cases.pop(key, None)
+                self._cases.pop(name, None)
                 return core.risk_event(
                     context,
                     prompt,
@@ -241,17 +246,19 @@ class Judge:
         """Blame the item for what it failed in, where the server's canary is good.
 
         Raises:
-            UnavailableError: it is not, and there is no other server to try, or it failed often enough.
+            UnavailableError: it is not, and there is no other server to try.
         """
-        for failure in tuple(case.pending):
+        unproven: UnavailableError | None = None
+        for failure in tuple(case.pending):  # each: one that stays away must not keep the others from being proven
             try:
                 await self._endpoints.prove(failure.endpoint, prompt, since=failure.at)
-            except UnavailableError:
-                if not self._endpoints.well(prompt) or len(case.blamed) + len(case.pending) >= ATTEMPTS:
-                    raise
+            except UnavailableError as error:
+                unproven = error
             else:
                 case.pending.remove(failure)
                 case.blamed.append(failure)
+        if unproven is not None and not case.closed and not case.open_to(await self._endpoints.find(prompt)):
+            raise unproven
 
     async def _attempt(
         self, context: Context, prompt: PromptVersion, case: _Case, held: Held
@@ -264,7 +271,7 @@ class Judge:
             async with asyncio.timeout(limit_s):
                 verdict, answered = await self._ask(endpoint, context, prompt, heard)
         except UnavailableError as error:
-            self._endpoints.set_aside(endpoint, error)
+            self._endpoints.refused(endpoint, error)
             raise
         except TimeoutError as error:
             text = f"no answer within {limit_s:.3g} s (llm.deadline_s covers all attempts)"
@@ -275,6 +282,10 @@ class Judge:
         except (PromptError, ValueError) as error:
             kind = "unusable" if heard else "prompt"
             raise _AttemptFailedError(endpoint, kind, str(error), "".join(heard)) from error
+        except Exception as error:
+            # A mistake of ours, or what nobody foresaw: the canary tells whether this window brings it about.
+            log.exception("attempt failed unforeseen", endpoint=endpoint.name)
+            raise _AttemptFailedError(endpoint, "error", repr(error), "".join(heard)) from error
         return verdict, answered._replace(queued_ms=held.queued_ms)
 
     def _limit_s(self, case: _Case, prompt: PromptVersion, endpoint: Endpoint) -> float:
@@ -283,7 +294,7 @@ class Judge:
         first = deadline_s * (1 - (ATTEMPTS - 1) * _AGAIN)
         if all(failure.kind != "hung" for failure in case.blamed):
             return first
-        canary = endpoint.canaries.get(prompt.digest)  # none yet where it hung elsewhere, or with another prompt
+        canary = endpoint.canaries.get(prompt.digest)  # none yet where it hung elsewhere
         needs_s = _CANARIES * canary.took_s if canary is not None else first
         return min(first, max(deadline_s * _AGAIN, needs_s, _SPIKE_S))
 
@@ -299,8 +310,8 @@ class Judge:
             **({} if self._settings.prompt_cache else {"cache_prompt": False}),
             **prompt.sampling,
         }
-        budget = server.context_size - int(parameters["max_tokens"])
-        rendered = await fit(context, prompt, budget, llm.count_tokens)
+        most = budget(server.context_size, self._settings, prompt)
+        rendered = await fit(context, prompt, most, llm.count_tokens)
         completion = await llm.complete(rendered.messages, prompt.schema, parameters, heard.append)
         heard.append("")  # an empty answer is one
         spent = completion.inference_ms
@@ -309,7 +320,7 @@ class Judge:
             verdict, forgiven = answers.parse(completion.text, prompt, cut_off=completion.cut_off)
         except UnusableError as error:
             log.info("repair", error=str(error))
-            messages = await self._repair(llm, rendered, prompt, completion, error=str(error), budget=budget)
+            messages = await self._repair(llm, rendered, prompt, completion, error=str(error), most=most)
             heard.append("\n")
             completion = await llm.complete(messages, prompt.schema, parameters, heard.append)
             rendered = rendered._replace(messages=messages)
@@ -342,13 +353,13 @@ class Judge:
         )
 
     async def _repair(
-        self, llm: Llm, rendered: Rendered, prompt: PromptVersion, completion: Completion, *, error: str, budget: int
+        self, llm: Llm, rendered: Rendered, prompt: PromptVersion, completion: Completion, *, error: str, most: int
     ) -> tuple[Message, ...]:
         """The answer sent back with what is wrong with it; as much of it as the context has room for."""
         kept = completion.text[:_REPAIR_CHARS]
         while True:
             messages = prompt.repair(rendered.messages, kept, error)
-            if core.token_bound(messages) <= budget or await llm.count_tokens(messages) <= budget:
+            if core.token_bound(messages) <= most or await llm.count_tokens(messages) <= most:
                 return messages
             if not kept:
                 raise UnusableError(f"{error} (and the context has no room for a repair)")
@@ -374,9 +385,9 @@ class Judge:
         most = self._settings.slots
         return min(told, most) if told and most else told or most or SLOTS
 
-    def _remember(self, key: str, case: _Case) -> None:
-        self._cases[key] = case
-        self._cases.move_to_end(key)
+    def _remember(self, name: tuple[str, str], case: _Case) -> None:
+        self._cases[name] = case
+        self._cases.move_to_end(name)
         while len(self._cases) > _CASES:
             self._cases.popitem(last=False)
 

@@ -33,9 +33,11 @@ from streams.errors import UnavailableError
 
 log = structlog.get_logger(__name__)
 
-_AWAY = frozenset({429, 503})
-"""Too busy, or still loading the model: nothing was tried."""
+_AWAY = frozenset({408, 409, 425, 429, 503})
+"""Too busy, still loading the model, or not now: nothing was tried."""
 _FORBIDDEN = frozenset({401, 403})
+_NO_PAGE = frozenset({404, 405, 501})
+"""It has no such page, now or later."""
 
 _QUICK_S = 2.0
 """A server that answers within this is asked for whole answers. Reading a stream takes 0.2 ms of CPU a token here and
@@ -91,18 +93,18 @@ class OpenAiLlm:
 
     async def count_tokens(self, messages: Sequence[Message]) -> int:
         """By llama.cpp's own tokenizer and the model's chat template; of other servers a bound, a token a byte."""
+        counted = False
         try:
-            chat = await self._client.post("/apply-template", json={"messages": _plain(messages)})
-            if chat.is_success:
-                found = await self._client.post(
-                    "/tokenize",
-                    json={"content": chat.json()["prompt"], "add_special": True, "parse_special": True},
-                )
-                if found.is_success:
-                    return len(found.json()["tokens"])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            log.debug("the server does not count tokens", error=repr(error))
-        return token_bound(messages)
+            text = await self._post("/apply-template", {"messages": _plain(messages)}, "prompt")
+            asked = {"content": text, "add_special": True, "parse_special": True}
+            tokens = await self._post("/tokenize", asked, "tokens") if isinstance(text, str) else None
+            counted = True
+        except httpx.HTTPError as error:
+            raise self._broke(error) from error
+        finally:
+            if not counted:
+                self._known = None
+        return len(tokens) if isinstance(tokens, list) else token_bound(messages)
 
     async def complete(
         self,
@@ -135,9 +137,7 @@ class OpenAiLlm:
             silence = f"not a byte for {self._settings.silence_s:g} s (llm.silence_s)"
             raise AttemptError("hung", silence, answer.unread) from error
         except httpx.HTTPError as error:
-            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-                raise self._away(f"{error!r}") from error
-            raise AttemptError("died", f"the connection broke: {error!r}", answer.unread) from error
+            raise self._broke(error, answer.unread) from error
         finally:
             if done is None:  # it failed, or was given up, at a deadline perhaps: it must show itself before the next
                 self._known = None
@@ -171,6 +171,12 @@ class OpenAiLlm:
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+    def _broke(self, error: httpx.HTTPError, unread: str = "") -> Exception:
+        """What a request that had no answer, or no whole one, ended in."""
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return self._away(f"{error!r}")
+        return AttemptError("died", f"the connection broke: {error!r}", unread)
 
     def _refused(self, answer: httpx.Response) -> Exception:
         if answer.status_code in _AWAY | _FORBIDDEN:
@@ -215,7 +221,7 @@ class OpenAiLlm:
             answer = await self._client.get(path, timeout=self._settings.connect_timeout_s)
         except httpx.HTTPError as error:
             raise self._away(f"{error!r}") from error
-        if answer.status_code in {404, 405, 501}:
+        if answer.status_code in _NO_PAGE:
             return {}
         if not answer.is_success:
             raise self._away(_said(answer))
@@ -224,6 +230,23 @@ class OpenAiLlm:
         except ValueError as error:
             raise self._away(f"{path} is not JSON: {answer.text[:100]!r}") from error
         return found if isinstance(found, dict) else {}
+
+    async def _post(self, path: str, body: Mapping[str, Any], name: str) -> object:
+        """One value of a page's answer; None where the server has no such page, or another one there.
+
+        Raises:
+            httpx.HTTPError: it could not be reached, or the connection broke.
+            AttemptError, UnavailableError: it said no.
+        """
+        answer = await self._client.post(path, json=body)
+        if answer.status_code in _NO_PAGE:
+            return None
+        if not answer.is_success:
+            raise self._refused(answer)
+        try:
+            return answer.json()[name]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return None
 
     def _away(self, why: str) -> UnavailableError:
         return UnavailableError("llm", f"{self.name} (llm.url, NEMOTRON_URL; llm.api_key): {why}")

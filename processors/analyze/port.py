@@ -63,7 +63,12 @@ class Llm(Protocol):
         """
 
     async def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of this chat as a prompt, or more, never fewer."""
+        """Tokens of this chat as a prompt, or more, never fewer.
+
+        Raises:
+            UnavailableError: the server is away.
+            AttemptError: it took the request, and did not count, though others of its kind do.
+        """
 
     async def complete(
         self,

@@ -14,6 +14,8 @@ from processors.analyze.port import AttemptError, Completion, Heard
 _EVENT = re.compile(rb"(data|event|id|retry)?:")
 _SHOWN = 200
 _LONGEST_FIELD = 5
+_MOST = 4_000_000
+"""Bytes that are kept of one answer: ten times what 128 k tokens of text have, and no machine's memory."""
 
 
 class Answer:
@@ -22,8 +24,9 @@ class Answer:
     def __init__(self, heard: Heard) -> None:
         self._heard = heard
         self._streamed: bool | None = None
-        self._rest = b""
+        self._rest = bytearray()
         self._pieces: list[str] = []
+        self._said = 0
         self._finish: object = None
         self._usage: Any = None
         self._timings: Any = None
@@ -39,16 +42,19 @@ class Answer:
         """Take the next bytes.
 
         Raises:
-            AttemptError: the server says that it failed, or the stream is none.
+            AttemptError: the server says that it failed, the stream is none, or it is longer than any answer.
         """
         self._rest += data
+        if self._said + len(self._rest) > _MOST:
+            raise AttemptError("garbage", f"more than {_MOST} bytes of an answer", _shown(self._rest))
         if self._streamed is None:
             head = self._rest.lstrip()
             if len(head) < _LONGEST_FIELD:
                 return
             self._streamed = _EVENT.match(head) is not None
-        if self._streamed:
-            *lines, self._rest = self._rest.split(b"\n")
+        if self._streamed and (end := self._rest.rfind(b"\n") + 1):
+            lines = bytes(self._rest[:end]).split(b"\n")
+            del self._rest[:end]
             for line in lines:
                 if line.startswith(b"data:") and (event := line[5:].strip()) not in {b"", b"[DONE]"}:
                     self._take(event)
@@ -109,16 +115,17 @@ class Answer:
         if text:
             piece = text.encode("utf-8", "backslashreplace").decode()
             self._pieces.append(piece)
+            self._said += len(piece)
             self._heard(piece)
 
 
-def _garbage(error: Exception, data: bytes) -> AttemptError:
+def _garbage(error: Exception, data: bytes | bytearray) -> AttemptError:
     text = data.decode("utf-8", "backslashreplace")
     return AttemptError("garbage", f"not a chat completion: {error!r}: {text[:_SHOWN]!r}", text)
 
 
-def _shown(data: bytes) -> str:
-    return data.decode("utf-8", "backslashreplace")[:_SHOWN]
+def _shown(data: bytes | bytearray) -> str:
+    return data[: 4 * _SHOWN].decode("utf-8", "backslashreplace")[:_SHOWN]
 
 
 def _integer(value: object) -> int:

@@ -7,8 +7,8 @@ ends when its standard input does, that is, with whoever started it.
 import argparse
 import os
 import threading
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +20,11 @@ from PIL import Image
 from processors.detect import network
 from processors.detect.agreement import agree
 from processors.detect.card import Card
-from processors.detect.exported import Cache
+from processors.detect.exported import Cache, Measured
 from processors.detect.onnx_detector import OnnxDetector
 from processors.detect.openvino_detector import OpenVinoDetector
 from processors.detect.settings import DetectorSettings
+from processors.detect.timing import compare
 from processors.detect.torch_detector import TorchDetector
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 # grid_sample, the heart of deformable attention, is an operator of its own from 16 on; 17 has layer norm.
 _OPSET = 17
 
-# The best of so many batches of so many images: what else runs here can only slow one down.
-_ROUNDS, _IMAGES = 3, 2
+# Of the batch that is compared and timed.
+_IMAGES = 2
 
 # It gives way to what runs meanwhile: nobody waits for it.
 _NICE = 10
@@ -70,7 +71,7 @@ def make(card: Card, cache: Cache, threads: int) -> None:
             cache.make(lambda onnx: _fill(card, onnx, threads))
 
 
-def _fill(card: Card, onnx: Path, threads: int) -> tuple[dict[str, float], dict[str, str]]:
+def _fill(card: Card, onnx: Path, threads: int) -> Measured:
     export(card, onnx)
     made: dict[str, Callable[[], ModelDetector]] = {
         "torch": lambda: TorchDetector(card, DetectorSettings(device="cpu", threads=threads)),
@@ -92,14 +93,8 @@ def _fill(card: Card, onnx: Path, threads: int) -> tuple[dict[str, float], dict[
         if not agree(seen["torch"], seen[name], (card.pixels.width, card.pixels.height)):
             left_out[name] = "other boxes than torch's"
             del detectors[name]
-    ms: dict[str, float] = {}
-    for _ in range(_ROUNDS):  # in turn: what disturbs the machine for a while disturbs all of them
-        for name, detector in detectors.items():
-            began = time.perf_counter()
-            detector.raw(images)
-            took = (time.perf_counter() - began) * 1000 / len(images)
-            ms[name] = min(took, ms.get(name, took))
-    return {name: round(took, 3) for name, took in ms.items()}, left_out
+    timing = compare({name: partial(detector.raw, images) for name, detector in detectors.items()})
+    return Measured({name: round(ms / len(images), 3) for name, ms in timing.ms.items()}, timing.by, left_out)
 
 
 def _images() -> list[Image.Image]:

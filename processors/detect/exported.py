@@ -12,14 +12,16 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from processors.detect.card import Card
 
-_FORMAT = 1
+_FORMAT = 2
 _ONNX, _MANIFEST = "model.onnx", "manifest.json"
 _LIBRARIES = ("torch", "transformers", "onnx", "openvino", "onnxruntime")
+_VERSIONS = {"format", *_LIBRARIES}
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -30,6 +32,8 @@ class Manifest(msgspec.Struct, frozen=True):
     made_from: dict[str, str]
     ms: dict[str, float]
     """Milliseconds an image by runtime; those that gave other boxes than torch, or failed, are left out."""
+    by: Literal["wall", "cpu"]
+    """What the milliseconds are of; see `processors.detect.timing`."""
     left_out: dict[str, str]
     """Why they were."""
 
@@ -37,6 +41,20 @@ class Manifest(msgspec.Struct, frozen=True):
     def fastest(self) -> str:
         """The runtime that took the least time."""
         return min(self.ms, key=self.ms.__getitem__)
+
+
+class _MadeFrom(msgspec.Struct):
+    """What of a manifest of any version is read."""
+
+    made_from: dict[str, str]
+
+
+class Measured(NamedTuple):
+    """What was measured with a new export: fields of its `Manifest`."""
+
+    ms: dict[str, float]
+    by: Literal["wall", "cpu"]
+    left_out: dict[str, str]
 
 
 class Cache:
@@ -53,8 +71,9 @@ class Cache:
             **{name: version(name) for name in _LIBRARIES},
         }
         key = hashlib.sha256(msgspec.json.encode(self._made_from)).hexdigest()
-        self.folder = root / f"{card.digest[:16]}-{key[:16]}"
-        self.lock = root / f"{card.digest[:16]}.lock"
+        self._stem = card.digest[:16]
+        self.folder = root / f"{self._stem}-{key[:16]}"
+        self.lock = root / f"{self._stem}.lock"
         """Held while the entry is made."""
 
     @property
@@ -71,20 +90,38 @@ class Cache:
             return None
         return manifest if whole else None
 
-    def make(self, fill: Callable[[Path], tuple[dict[str, float], dict[str, str]]]) -> Manifest:
-        """Make the entry: `fill` writes the ONNX file that it is given and returns `ms` and `left_out`."""
+    def make(self, fill: Callable[[Path], Measured]) -> Manifest:
+        """Make the entry, and remove those that it replaces: of the same model here, by other versions.
+
+        `fill` writes the ONNX file that it is given. Whoever calls this holds `lock`.
+        """
+        for left in self.folder.parent.glob(f".{self._stem}-*.part"):  # by one who was killed
+            shutil.rmtree(left, ignore_errors=True)
         part = self.folder.with_name(f".{self.folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)  # of one who was killed
         part.mkdir(parents=True)
         try:
-            ms, left_out = fill(part / _ONNX)
-            manifest = Manifest(_sha256(part / _ONNX), self._made_from, ms, left_out)
+            found = fill(part / _ONNX)
+            manifest = Manifest(_sha256(part / _ONNX), self._made_from, **found._asdict())
             (part / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
             self.drop()
             part.rename(self.folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+        for folder in self.folder.parent.glob(f"{self._stem}-*"):
+            if folder != self.folder and self._replaces(folder):
+                shutil.rmtree(folder, ignore_errors=True)
         return manifest
+
+    def _replaces(self, folder: Path) -> bool:
+        """Whether nobody will ask for that entry: only versions tell it from this one, or it is none.
+
+        One of other threads or settings can be in use beside this one, and each would remove the other's for ever.
+        """
+        try:
+            made_from = msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=_MadeFrom).made_from
+        except (OSError, msgspec.DecodeError):
+            return True
+        return all(made_from.get(name) == value for name, value in self._made_from.items() if name not in _VERSIONS)
 
     def drop(self) -> None:
         """Remove the entry."""

@@ -1,9 +1,11 @@
 """A detector service over HTTP: POST /detect/batch, as the API that clients of RT-DETR services already speak.
 
 A frame is lost for no failure of the service: whatever may pass is `UnavailableError`, so the stage waits and asks
-again. Only when the service refuses one picture, and takes a good one at the same time, is the picture to blame.
+again. Only when the service refuses one picture, or breaks off or hangs when it is asked for that one alone, and takes
+a good one after it, is the picture to blame.
 """
 
+import hashlib
 import io
 import math
 import random
@@ -34,6 +36,9 @@ _RETRY_WITHIN_S = 5.0
 _REFUSALS = frozenset({400, 413, 415, 422})
 _BUSY = frozenset({429, 503})
 
+# So many suspects are remembered: more than were ever asked for at once.
+_SUSPECTS = 1024
+
 # What any detector takes: grey, with nothing in it.
 _CANARY = Image.new("RGB", (64, 64), (128, 128, 128))
 
@@ -41,10 +46,13 @@ _CANARY = Image.new("RGB", (64, 64), (128, 128, 128))
 class _Failed(Exception):  # noqa: N818 (caught here)
     """The service is away or broken; asking again may help."""
 
-    def __init__(self, why: str, *, retry_after: float | None = None, hung: bool = False) -> None:
+    def __init__(
+        self, why: str, *, retry_after: float | None = None, hung: bool = False, broke_off: bool = False
+    ) -> None:
         super().__init__(why)
         self.retry_after = retry_after
         self.hung = hung
+        self.broke_off = broke_off
 
 
 class _Refused(Exception):  # noqa: N818 (caught here)
@@ -53,6 +61,10 @@ class _Refused(Exception):  # noqa: N818 (caught here)
     def __init__(self, why: str, *, at_fault: bool = False) -> None:
         super().__init__(why)
         self.at_fault = at_fault
+
+
+class _BrokeOffError(UnavailableError):
+    """It hung, or its connection broke, while it had the pictures: one of them may be why."""
 
 
 class HttpDetector:
@@ -79,6 +91,8 @@ class HttpDetector:
         self._clock = clock
         self._closed = threading.Event()
         self._breaker = Breaker(settings.client.breaker_failures, settings.client.breaker_s, clock)
+        self._suspects: dict[bytes, bool] = {}
+        """Pictures that it had when it broke off or hung, by hash; whether it had that one alone."""
         self._asked_name = False
         self.name = settings.url
         self.digest = ""
@@ -90,24 +104,40 @@ class HttpDetector:
         Raises:
             UnavailableError: the service is away, overloaded, set up wrongly, or answers nonsense.
             UnprocessableError: it takes no such picture (of several: ask one by one), and takes others.
-            RuntimeError: it failed on this picture, and answers others.
+            RuntimeError: it failed, broke off or hung on this picture (of several: ask one by one), and answers others.
         """
         pictures = [_jpeg(image) for image in images]
+        keys = [hashlib.sha256(picture).digest() for picture in pictures]
+        alone = len(keys) == 1
+        if self._suspects.get(keys[0]) if alone else not self._suspects.keys().isdisjoint(keys):
+            self._ask_canary()  # whoever is away, or hangs, whatever it is asked, is waited for
+            if not alone:
+                raise RuntimeError("the detector's service broke off or hung on one of these pictures")
+            self._suspects[keys[0]] = False  # asked again for the next attempt
+            raise RuntimeError("the detector's service broke off or hung on this picture, and answers others")
         try:
-            return self._ask(pictures)
+            found = self._ask(pictures)
+        except _BrokeOffError:
+            self._suspects |= dict.fromkeys(keys, alone)
+            for key in list(self._suspects)[:-_SUSPECTS]:
+                del self._suspects[key]
+            raise
         except _Refused as error:
             if len(images) == 1:
                 self._ask_canary(error)
             if error.at_fault:  # it may have been for once: attempts are counted
                 raise RuntimeError(f"the detector's service failed on this picture: {error}") from error
             raise UnprocessableError(f"the detector's service takes no such picture: {error}") from error
+        for key in keys:
+            self._suspects.pop(key, None)
+        return found
 
     def close(self) -> None:
         """Close the connections; whoever waits for another try goes without."""
         self._closed.set()
         self._client.close()
 
-    def _ask_canary(self, error: Exception) -> None:
+    def _ask_canary(self, error: Exception | None = None) -> None:
         """Ask for a picture that every service takes: where it is refused too, no frame is to blame."""
         try:
             self._ask([_jpeg(_CANARY)])
@@ -122,11 +152,14 @@ class HttpDetector:
         tries = 1 if self._breaker.is_trial else 1 + self._settings.retries
         give_up_at = self._clock() + _RETRY_WITHIN_S
         pause = _FIRST_PAUSE_S
+        away: Callable[[str], UnavailableError] = self._unavailable
         while True:
             tries -= 1
             try:
                 found = self._once(pictures)
             except _Failed as error:
+                if error.broke_off:
+                    away = self._broke_off
                 wait = max(pause * random.uniform(0.5, 1.5), error.retry_after or 0.0)
                 over = tries <= 0 or self._clock() + wait > give_up_at
                 if error.retry_after is None:
@@ -135,7 +168,7 @@ class HttpDetector:
                 elif over:  # busy, or not ready yet: no fault, but it says itself when to come
                     self._breaker.open_for(error.retry_after, str(error))
                 if over or self._breaker.wait_s() > 0:
-                    raise self._unavailable(str(error)) from error
+                    raise away(str(error)) from error
                 pause *= 2
                 if self._closed.wait(wait):
                     raise self._unavailable(str(error)) from error
@@ -149,7 +182,9 @@ class HttpDetector:
             # Services that know no such parameter answer what they hold for likely.
             answer = self._client.post("/detect/batch", params={"min_confidence": MIN_SCORE}, files=files)
         except httpx.ReadTimeout as error:
-            raise _Failed(explain(error), hung=True) from error
+            raise _Failed(explain(error), hung=True, broke_off=True) from error
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
+            raise _Failed(explain(error), broke_off=True) from error
         except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: it was closed meanwhile
             raise _Failed(explain(error)) from error
         if answer.status_code in _REFUSALS or answer.status_code == 500:
@@ -187,7 +222,13 @@ class HttpDetector:
             self.name = name if isinstance(name, str) and name else self._url
 
     def _unavailable(self, why: str) -> UnavailableError:
-        return UnavailableError("detector", f"{self._url} (detector.url, RTDETR_URL): {why}")
+        return UnavailableError("detector", self._where(why))
+
+    def _broke_off(self, why: str) -> UnavailableError:
+        return _BrokeOffError("detector", self._where(why))
+
+    def _where(self, why: str) -> str:
+        return f"{self._url} (detector.url, RTDETR_URL): {why}"
 
 
 def _said(answer: httpx.Response) -> str:

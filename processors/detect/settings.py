@@ -24,8 +24,9 @@ class ClientSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     connect_timeout_s: float = Field(5.0, gt=0, description="A connection that takes longer is given up, seconds.")
-    # A full batch of the largest model takes 20 s on two cores, and another may be before it.
-    read_timeout_s: float = Field(60.0, gt=0, le=100, description="An answer that takes longer is given up, seconds.")
+    # A full batch of the largest model takes 20 s on two cores, and another may be before it. Longer than the service's
+    # own deadline_s of 60: its 503, which says that it is busy, comes first. What is left is a service that hangs.
+    read_timeout_s: float = Field(75.0, gt=0, le=100, description="An answer that takes longer is given up, seconds.")
     retries: int = Field(2, ge=0, le=5, description="How often a batch is sent again within seconds of a failure.")
     breaker_failures: int = Field(
         5, ge=1, description="After so many failures in a row nothing is asked for breaker_s; frames wait on the log."

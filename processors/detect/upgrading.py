@@ -21,7 +21,7 @@ from schemas.records import Box
 log = structlog.get_logger(__name__)
 
 EXPORT_S = 20.0
-"""What an export costs: 17 s for the demo's model, 27 s for RT-DETRv2 R18, on a core of a server."""
+"""What an export costs: 18 s of a core for the demo's model, for RT-DETRv2 R18 two to three times that."""
 
 WAITING = ("OMP_WAIT_POLICY", "PASSIVE")
 """An environment variable that torch's OpenMP reads when it is imported: its threads sleep while they wait.

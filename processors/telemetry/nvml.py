@@ -1,6 +1,7 @@
 """The GPUs by NVML, with the package nvidia-ml-py."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Any, TypeVar
 
@@ -148,4 +149,5 @@ class Nvml:
     def _close(self) -> None:
         if self._open:
             self._open = False
-            self._told(self._nvml.nvmlShutdown)
+            with suppress(pynvml.NVMLError):  # a driver that is gone says UNINITIALIZED: it is shut down then
+                self._nvml.nvmlShutdown()

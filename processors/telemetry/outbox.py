@@ -57,6 +57,22 @@ class Outbox:
             self._waiting.append(reading)
         self._filled.set()
 
+    async def _send(self, producer: AIOKafkaProducer, reading: GpuMetrics) -> None:
+        try:
+            emit = codec.emit(TOPIC, reading)
+            await producer.send_and_wait(TOPIC, emit.value, emit.key, headers=list(emit.headers))
+        except BaseException:
+            self._keep(reading)
+            raise
+        self.sent += 1
+
+    def _keep(self, reading: GpuMetrics) -> None:
+        """Put back what was not taken; where the buffer has filled meanwhile it is the oldest, and dropped."""
+        if len(self._waiting) == self._most:
+            self.dropped += 1
+        else:
+            self._waiting.appendleft(reading)
+
     async def run(self, stop: asyncio.Event) -> None:
         """Send until the stop; then what is left, if it goes quickly."""
         producer: AIOKafkaProducer | None = None
@@ -64,7 +80,17 @@ class Outbox:
             while not stop.is_set():
                 await _first(stop, self._filled)
                 self._filled.clear()
-                producer = await self._empty(producer)
+                # Not awaited to its end at a stop: a broker that is away takes a request's timeout to be so.
+                sending = asyncio.create_task(self._empty(producer))
+                stopped = asyncio.create_task(stop.wait())
+                try:
+                    await asyncio.wait({sending, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait({sending}, timeout=_LAST_S)  # what is on its way would be sent twice
+                finally:
+                    stopped.cancel()
+                    sending.cancel()
+                    await asyncio.gather(sending, stopped, return_exceptions=True)
+                producer = None if sending.cancelled() else sending.result()
                 if self.waiting_on is not None:
                     self._filled.set()
                     with contextlib.suppress(TimeoutError):
@@ -88,10 +114,7 @@ class Outbox:
                 producer = self._kafka.producer()
                 await producer.start()
             while self._waiting:
-                emit = codec.emit(TOPIC, self._waiting[0])
-                await producer.send_and_wait(TOPIC, emit.value, emit.key, headers=list(emit.headers))
-                self._waiting.popleft()
-                self.sent += 1
+                await self._send(producer, self._waiting.popleft())  # out of the way of `put`, which drops the oldest
         except (KafkaError, OSError, TimeoutError) as error:
             if self.waiting_on is None:
                 log.warning("waiting", on="broker", why=self._kafka.away(error), kept_at_most=self._most)
@@ -99,6 +122,10 @@ class Outbox:
             if producer is not None:
                 await _close(producer)
             return None
+        except asyncio.CancelledError:
+            if producer is not None:
+                await _close(producer)
+            raise
         if self.waiting_on is not None:
             log.info("the broker takes readings again", dropped=self.dropped)
         self.waiting_on = None

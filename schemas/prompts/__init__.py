@@ -34,6 +34,17 @@ FILES = ("system.txt", "user.txt", "repair.txt", "output_schema.json", "paramete
 """The files of a version, in the order in which people read them."""
 
 
+# Regular expressions can take exponential time; other references than `$ref` are resolved where they are met.
+_REFUSED = frozenset({"pattern", "patternProperties", "$dynamicRef", "$recursiveRef"})
+_AT_THE_ROOT = frozenset({"$id", "$schema"})  # below it they change what references mean
+
+_DATA = frozenset({"enum", "const", "default", "examples"})
+_BY_NAME = frozenset({"properties", "$defs", "definitions", "dependentSchemas"})
+
+_MAX_SCHEMAS = 1_000
+"""Of an output schema, each reference followed each time: the default has some twenty."""
+
+
 class PromptError(ValueError):
     """This prompt version cannot be used, or cannot be rendered; the message says which part and why."""
 
@@ -61,8 +72,8 @@ class PromptVersion:
     `template`, `output_schema` and `parameters` are JSON texts; the version's name is a digest of the three.
 
     Raises:
-        PromptError: a template does not parse, or the schema is none, or it does not require every verdict key, or a
-            parameter is none (`sampling`).
+        PromptError: a template does not parse, or the schema is none, or checking by it might not end soon, or it does
+            not require every verdict key, or a parameter is none (`sampling`).
     """
 
     def __init__(self, *, template: str, output_schema: str, parameters: str, name: str = "") -> None:
@@ -79,7 +90,7 @@ class PromptVersion:
                 sandbox.compiled(text) for text in (self.templates.system, self.templates.user, self.templates.repair)
             )
             jsonschema.Draft202012Validator.check_schema(self.schema)
-            _check_references(self.schema)
+            _check_bounds(self.schema)
         except (ValueError, TemplateError, jsonschema.SchemaError, RecursionError, Unresolvable) as error:
             raise PromptError(f"prompt {name or self.digest}: {type(error).__name__}: {error}") from error
         if not isinstance(self.sampling, dict):
@@ -240,22 +251,44 @@ def _pretty(text: str) -> str:
     return json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n"
 
 
-def _check_references(schema: Any) -> None:
-    """Refuse a schema that refers to anything beyond itself: a validator would go and fetch it."""
+def _check_bounds(schema: Any) -> None:
+    """Refuse a schema that refers beyond itself, or with which checking what a model wrote might not end soon.
+
+    What refers to another document would make a validator go and fetch it.
+
+    Raises:
+        ValueError: it does; says which keyword.
+        Unresolvable: it refers to what is not there.
+    """
     if not isinstance(schema, dict):
         return
     resolver = referencing.Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
-    for reference in _references(schema):
-        resolver.lookup(reference)
+    todo: list[tuple[Any, frozenset[int]]] = [(schema, frozenset())]
+    seen = 0
+    while todo:
+        part, above = todo.pop()
+        if not isinstance(part, dict):
+            continue
+        seen += 1
+        if seen > _MAX_SCHEMAS:
+            raise ValueError(f"the output schema has more than {_MAX_SCHEMAS} schemas in it, each `$ref` followed")
+        if id(part) in above:
+            raise ValueError("the output schema refers to itself (`$ref`): checking an answer might not end")
+        above |= {id(part)}
+        if refused := _REFUSED.intersection(part) or (_AT_THE_ROOT.intersection(part) if part is not schema else None):
+            raise ValueError(
+                f"the output schema has `{min(refused)}`, which is not taken: checking an answer might not end soon; "
+                "say in the prompt what a text is like, or list the texts by `enum`"
+            )
+        if isinstance(reference := part.get("$ref"), str):
+            todo.append((resolver.lookup(reference).contents, above))
+        todo += [(inside, above) for inside in _inside(part)]
 
 
-def _references(schema: Any) -> Iterator[str]:
-    if isinstance(schema, dict):
-        for key, value in schema.items():
-            if key in {"$ref", "$dynamicRef"} and isinstance(value, str):
-                yield value
-            else:
-                yield from _references(value)
-    elif isinstance(schema, list):
-        for item in schema:
-            yield from _references(item)
+def _inside(schema: Mapping[str, Any]) -> Iterator[Any]:
+    """What may be a schema in a schema."""
+    for key, value in schema.items():
+        if key in _BY_NAME and isinstance(value, dict):
+            yield from value.values()
+        elif key not in _DATA:
+            yield from value if isinstance(value, list) else [value]

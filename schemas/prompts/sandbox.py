@@ -10,12 +10,13 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import StrictUndefined, Template, TemplateError, Undefined, nodes
 from jinja2.filters import FILTERS, do_round
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.tests import TESTS
 
 MAX_SOURCE = 32_768
 """Characters of one template: some 8,000 tokens, twice the smallest context that a real model is run with here."""
@@ -25,14 +26,19 @@ MAX_CHARS = 2_000_000
 template may say all of it, once. What does not fit the model's context is dropped by priority, later."""
 
 MAX_STEPS = 20_000
-"""Steps of one rendering. A step is one part of a loop's body, run once, or 1,000 characters that go through a filter:
-the default takes some 500 for a window of twenty classes and ten sections. The worst that was found to do with so many
-(searching texts of MAX_CHARS) takes one second."""
+"""Steps of one rendering. A step is one part of a loop's body, run once, or 1,000 characters that go through a filter
+or a method, or are searched (fewer where those are slow: `_PER_STEP`): the default takes some 500 for a window of
+twenty classes and ten sections. The worst that was found to do with so many takes one second."""
 
 MAX_DEPTH = 100
 """Levels of expressions and blocks in one another: `a + b + c` has two."""
 
 _CHARS_PER_STEP = 1_000
+# What makes an object of each word or item, or calls Python for it, takes up to a microsecond for each.
+_PER_STEP = {"title": 100, "split": 100, "list": 100, "wordcount": 100} | dict.fromkeys(
+    ("map", "max", "min", "reject", "rejectattr", "select", "selectattr", "sort", "sum", "unique"), 1
+)
+_MAX_STRIPPED = 100  # characters to strip off: each of the text is looked for among them
 _MAX_BITS = 256
 _MAX_PADDING = 999
 _SCALARS = (str, int, float, type(None), Undefined)
@@ -49,7 +55,7 @@ _METHODS = frozenset(
 )
 _AS_THEY_ARE = (
     *("abs", "capitalize", "count", "d", "default", "first", "float", "int", "last", "length", "list", "lower", "map"),
-    *("max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "sort", "sum", "title", "trim"),
+    *("max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "sort", "sum", "title"),
     *("truncate", "unique", "upper", "wordcount"),
 )
 
@@ -139,12 +145,14 @@ def _by_filter(name: str, value: Any, *others: nodes.Expr) -> nodes.Filter:
 
 
 def _joined(node: Any) -> Any:
-    """The tree with each `~` as a filter that pays for what it makes."""
+    """The tree with each `~` as a filter that pays for what it makes, and each `in` paid by what is searched."""
     for name, value in list(node.iter_fields()):
         if isinstance(value, list):
             setattr(node, name, [_joined(item) if isinstance(item, nodes.Node) else item for item in value])
         elif isinstance(value, nodes.Node):
             setattr(node, name, _joined(value))
+    if isinstance(node, nodes.Operand) and node.op in {"in", "notin"}:
+        node.expr = _by_filter("_searched", node.expr)
     return _by_filter("_joined", *node.nodes) if isinstance(node, nodes.Concat) else node
 
 
@@ -157,11 +165,17 @@ def _pay(steps: int) -> None:
         )
 
 
-def _made(size: float) -> None:
+def _made(size: float, per_step: int = _CHARS_PER_STEP) -> None:
     """Pay for text (or a list) about to be made."""
     if size > MAX_CHARS:
         raise LimitError(f"a value of more than {MAX_CHARS} characters")
-    _pay(1 + int(size) // _CHARS_PER_STEP)
+    _pay(1 + int(size) // per_step)
+
+
+def _read(name: str, *values: Any) -> None:
+    """Pay for texts and lists about to be gone through by the filter or method of that name."""
+    sized = (value for value in values if isinstance(value, Sized) and not isinstance(value, Undefined | Context))
+    _made(sum(map(len, sized)), _PER_STEP.get(name, _CHARS_PER_STEP))
 
 
 def _text(value: Any) -> str:
@@ -204,26 +218,42 @@ def _format(value: Any, *args: Any, **named: Any) -> str:
     return text % (named or args)
 
 
+def _searched(value: Any) -> Any:
+    _read("in", value)
+    return value
+
+
+def _few(chars: Any) -> None:
+    if isinstance(chars, str) and len(chars) > _MAX_STRIPPED:
+        raise LimitError(f"at most {_MAX_STRIPPED} characters can be stripped off")
+
+
+def _trim(value: Any, chars: Any = None) -> str:
+    text = _text(value)
+    _read("trim", text)
+    _few(chars)
+    return text.strip(chars)
+
+
 def _round(value: Any, precision: int = 0, method: Any = "common") -> float:
     if abs(precision) > 15:
         raise LimitError("round takes at most 15 digits: a float has no more")
     return do_round(value, precision, method)
 
 
-def _paid(name: str) -> Callable[..., Any]:
-    """Jinja's own filter, paid by the size of what goes in."""
-    own = FILTERS[name]
+def _paid(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    """Jinja's own filter or test, paid by the size of what goes in."""
 
     @functools.wraps(own)
     def filtered(*args: Any, **named: Any) -> Any:
-        _made(sum(len(arg) for arg in args if isinstance(arg, Sized) and not isinstance(arg, Undefined | Context)))
+        _read(name, *args)
         return own(*args, **named)
 
     return filtered
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """With all arithmetic looked at before it is done."""
+    """With all arithmetic, and methods of texts, looked at before it is done."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
@@ -243,16 +273,28 @@ class _Environment(ImmutableSandboxedEnvironment):
             _made(len(left) + len(right))
         return super().call_binop(context, operator, left, right)
 
+    def call(self, context: Context, method: Any, /, *args: Any, **named: Any) -> Any:
+        """Have a text's method paid by the size of what goes in, as filters are."""
+        text = getattr(method, "__self__", None)
+        if isinstance(text, str):
+            _read(method.__name__, text, *args)
+            if method.__name__ == "strip":
+                _few(args[0] if args else None)
+        return super().call(context, method, *args, **named)
+
 
 # Not HTML: no escaping. `optimized=False`: nothing is computed while a template is read, where nobody counts.
 _ENVIRONMENT = _Environment(undefined=StrictUndefined, autoescape=False, optimized=False, finalize=_shown)
 _ENVIRONMENT.globals.clear()
-_ENVIRONMENT.filters = {name: _paid(name) for name in _AS_THEY_ARE} | {
+_ENVIRONMENT.filters = {name: _paid(name, FILTERS[name]) for name in _AS_THEY_ARE} | {
     "format": _format,
     "join": _join,
     "replace": _replace,
     "round": _round,
     "string": _text,
+    "trim": _trim,
     "_counted": _counted,
+    "_searched": _searched,
     "_joined": _concat,
 }
+_ENVIRONMENT.tests = {name: _paid(name, cast("Callable[..., Any]", own)) for name, own in TESTS.items()}

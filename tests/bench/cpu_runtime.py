@@ -79,9 +79,15 @@ def take(model: str, count: int) -> dict[str, Any]:
         eager = _Eager(card)
         images = detect_kit.scenes(BATCH)
         size = (card.pixels.width, card.pixels.height)
-        expected, seen = eager.raw(images), product.raw(images)
-        assert agree(expected, seen, size), f"{product.runtime} sees other boxes than transformers"
-        farthest = max(float(distances(a, b, size).max()) for a, b in zip(expected, seen, strict=True))
+        expected = eager.raw(images)
+        farthest = {}
+        for name in ("openvino", "onnxruntime"):
+            seen = runtimes.load(DetectorSettings(device="cpu", runtime=name), folder, Path(directory) / "cache")
+            assert isinstance(seen, ModelDetector)
+            assert seen.runtime == f"{name}-cpu", cache.read()
+            found = seen.raw(images)
+            assert agree(expected, found, size), f"{name} sees other boxes than transformers"
+            farthest[name] = max(float(distances(a, b, size).max()) for a, b in zip(expected, found, strict=True))
         pairs = [(_rate(product.detect, images), _rate(eager.detect, images)) for _ in range(count)]
         manifest = cache.read()
         assert manifest is not None
@@ -89,6 +95,7 @@ def take(model: str, count: int) -> dict[str, Any]:
             "pairs": pairs,
             "runtime": product.runtime,
             "ms": manifest.ms,
+            "by": manifest.by,
             "left_out": manifest.left_out,
             "farthest": farthest,
             "load": os.getloadavg()[0],

@@ -1,13 +1,16 @@
 """One campaign: start, load, faults, drain, audit."""
 
 import asyncio
+import logging
+import re
+import signal
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Sequence, Sized
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -114,6 +117,36 @@ class Progress:
         self.tell(what)
 
 
+class Endings(logging.Handler):
+    """How the supervised processes ended inside the block, as their supervisor says it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._codes: defaultdict[str, Counter[int]] = defaultdict(Counter)
+
+    def __enter__(self) -> Self:
+        logging.getLogger("infra.local.supervisor").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("infra.local.supervisor").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take note of a process that ended; one that stalled was ended by its supervisor."""
+        if found := re.match(r"([\w.-]+): ended with code (-?\d+)", record.getMessage()):
+            self._codes[found[1]][int(found[2])] += 1
+
+    def violations(self, kills: Mapping[str, int]) -> list[str]:
+        """Processes that ended though nobody killed them, with their codes; `kills` by name were the campaign's."""
+        said = []
+        for name, codes in sorted(self._codes.items()):
+            own = codes - Counter({-signal.SIGKILL: kills.get(name, 0)})
+            if own:
+                told = ", ".join(f"{count} times with code {code}" for code, count in sorted(own.items()))
+                said.append(f"{name} ended by itself, {told}: its log says why")
+        return said
+
+
 async def run(plan: Sequence[Planned], directory: Path, progress: Progress, **settings: str) -> Outcome:
     """Torment an installation below the directory as planned, let it drain, and audit it.
 
@@ -126,9 +159,11 @@ async def run(plan: Sequence[Planned], directory: Path, progress: Progress, **se
     try:
         with pytest.MonkeyPatch.context() as patch:
             async with site(directory, patch, progress.say, **settings) as home:
-                await _torment(home, plan, outcome, progress)
+                with Endings() as endings:
+                    await _torment(home, plan, outcome, progress)
                 outcome.kills = home.kills.total()
                 outcome.ended_by_themselves = home.ended_by_themselves()
+                outcome.violations += endings.violations(home.kills)
     finally:
         outcome.seconds = time.monotonic() - began
     return outcome

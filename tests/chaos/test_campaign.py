@@ -1,6 +1,7 @@
 """A short campaign: each kind of fault once, close together, under load, and nothing lost, doubled or out of place."""
 
 import asyncio
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -92,6 +93,18 @@ async def test_what_cannot_be_inflicted_says_why(monkeypatch: pytest.MonkeyPatch
         "kill-sink": "not inflicted: sink was down for 90 s",
         "stop": "not inflicted: batch was down for 90 s",
     }
+
+
+def test_a_process_that_ends_by_itself_is_a_violation_and_one_that_was_killed_or_stalled_is_none():
+    log = logging.getLogger("infra.local.supervisor")
+    told = [("sink-1", "ended with code -9"), ("detect", "ended with code 1"), ("batch", "stalled: it hangs")]
+    with campaign.Endings() as endings:
+        for name, reason in told:
+            log.warning("%s: %s (failure %d of %d)", name, reason, 1, 5)
+    assert endings.violations(Counter({"sink-1": 1})) == [
+        "detect ended by itself, 1 times with code 1: its log says why"
+    ]
+    assert len(endings.violations({})) == 2
 
 
 def happened(kind: str, target: str, at: int, until: int | None = None, number: int = 1) -> Happened:

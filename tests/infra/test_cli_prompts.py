@@ -331,6 +331,25 @@ def test_rollback_of_a_cameras_first_version_gives_it_back_to_everyones(site: Si
     assert [row["scope"] for row in answer("prompt", "ls")[0]["active"]] in (["default"], [])
 
 
+def test_what_undoes_a_cameras_version_is_printed_with_its_camera(site: Site) -> None:
+    name = "deliveries-strict-nights"
+    assert "`rewatch prompt rollback --camera yard` undoes it" in invoke(
+        "prompt", "promote", name, "--camera", "yard"
+    ).stdout.replace("\n", " ")
+    assert "`rewatch prompt rollback` undoes it" in invoke("prompt", "promote", name).stdout.replace("\n", " ")
+    site.table.put(pointer("0" * 32, "yard"))
+    assert "its windows wait; `rewatch prompt rollback --camera yard`" in invoke("prompt", "ls").stdout
+
+
+@pytest.mark.parametrize("command", [("promote", "deliveries-strict-nights"), ("rollback",)])
+def test_a_camera_named_default_does_not_move_everyones_version(command: tuple[str, ...], site: Site) -> None:
+    before = list(site.table.records)
+    result = invoke("prompt", *command, "--camera", "default")
+    assert result.exit_code == 2
+    assert "`default` is the pointer of every camera without one" in " ".join(result.stderr.split())
+    assert site.table.records == before
+
+
 def test_rollback_of_nothing_is_1(site: Site) -> None:
     for option in ((), ("--camera", "yard")):
         result = invoke("prompt", "rollback", *option)

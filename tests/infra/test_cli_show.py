@@ -89,6 +89,17 @@ def test_status_tells_what_a_stage_waits_on(log: Any) -> None:
     assert "llm" in invoke("status").output
 
 
+def test_status_names_the_model_and_the_runtime_that_detect_has_now(log: Any) -> None:
+    assert "detect runs" not in invoke("status").output
+    report("detect")
+    path = next((load().data_dir / "status").iterdir())
+    tells = {"detector": {"model": "r18", "runtime": "openvino-cpu"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | tells))
+    stage = next(stage for stage in answer("status")["stages"] if stage["stage"] == "detect")
+    assert stage["workers"][0]["detector"] == tells["detector"]
+    assert "detect runs r18 by openvino-cpu" in invoke("status").output
+
+
 @pytest.mark.parametrize("left", [{"pid": 2**22 - 1}, {"written_at": 1.0}])
 def test_a_report_that_a_dead_worker_left_is_not_shown(log: Any, left: dict[str, Any]) -> None:
     report("analyze", **left)

@@ -1,6 +1,7 @@
 """The supervisor, on small Python children: order, restarts, giving up, stalls, locks, and no orphans."""
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -99,6 +101,44 @@ async def test_a_child_that_keeps_dying_is_given_up_with_its_last_words(tmp_path
         flag.unlink()
         await running.restart("child")
         assert running.pid("child")
+
+
+async def test_a_full_disk_ends_no_supervision_and_the_state_is_written_later(tmp_path, monkeypatch):
+    full = []
+
+    def bounded(write):
+        def writing(path, *args, **named):
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return write(path, *args, **named)
+
+        return writing
+
+    monkeypatch.setattr(Path, "write_text", bounded(Path.write_text))
+    monkeypatch.setattr(Path, "write_bytes", bounded(Path.write_bytes))
+    monkeypatch.setattr(process, "LOG_MAX_BYTES", 0)
+    async with Supervisor(tmp_path, [ProcessSpec("child", SLEEP)], watch=0.02) as running:
+        before = running.pid("child")
+        full.append(1)
+        os.kill(before, signal.SIGKILL)
+        await until(lambda: running.pid("child") not in {None, before})
+        await until(lambda: running.state()["processes"]["child"]["state"] == "ready")
+        assert read_state(tmp_path)["processes"]["child"]["pid"] == before
+        full.clear()
+        await until(lambda: read_state(tmp_path)["processes"]["child"]["pid"] == running.pid("child"))
+
+
+async def test_a_supervision_that_breaks_off_is_said_and_ends_all(tmp_path, monkeypatch, caplog):
+    async def broken(_):
+        await asyncio.sleep(0.01)
+        raise ValueError("a fault of our own")
+
+    monkeypatch.setattr(Process, "wait", broken)
+    async with Supervisor(tmp_path, [ProcessSpec("child", SLEEP)]) as running:
+        with pytest.raises(ProcessFailedError, match=r"child is supervised no more: .*a fault of our own"):
+            await asyncio.wait_for(running.wait(), 5)
+        assert running.state()["processes"]["child"]["state"] == "failed"
+    assert "child: its supervision broke off" in caplog.text
 
 
 async def test_a_child_that_never_starts_fails_the_start_and_leaves_nothing(tmp_path):

@@ -123,8 +123,10 @@ def _settle(model: torch.nn.Module, side: int) -> None:
         if hasattr(module, "running_var"):
             hooks.append(module.register_forward_pre_hook(fit))
         elif type(module).__name__.endswith("MLPPredictionHead"):
-            last: Any = module.layers[-1]  # type: ignore[index]
-            last.weight.normal_(0, 0.1)
+            *hidden, last = module.layers  # type: ignore[misc]
+            for layer in hidden:
+                torch.nn.init.xavier_normal_(layer.weight)
+            last.weight.normal_(0, 0.05)
     rng = np.random.default_rng(1)
     model(torch.from_numpy(rng.random((2, 3, side, side), np.float32)))
     for hook in hooks:

@@ -173,8 +173,121 @@ async def test_an_item_that_kills_every_server_it_meets_is_found():
     site = Site(server(0), server(1), server(2))
     with pytest.raises(UnprocessableError, match="died") as caught:
         await until_done(site.judge)
-    assert sum(site.counts()) == 3, "what it failed in is not forgotten while a server is restarted"
+    assert sum(site.counts()) <= 4, "what it failed in is not forgotten while a server is restarted"
     assert {attempt["endpoint"] for attempt in json.loads(caught.value.detail)["attempts"]} == {"a", "b", "c"}
+
+
+async def test_an_item_that_killed_a_server_for_good_is_found_on_the_other():
+    async def gone():
+        raise AWAY
+
+    async def kill(_):
+        site.llms[0].server = gone
+        raise died()
+
+    site = Site(Script(item=[kill]), Script(item=[died()]))
+    with pytest.raises(UnprocessableError, match="died") as caught:
+        await until_done(site.judge)
+    assert [attempt["endpoint"] for attempt in json.loads(caught.value.detail)["attempts"]] == ["b"] * 3
+    assert site.counts() == [1, 3]
+
+
+async def test_an_item_whose_last_server_is_away_asks_whether_another_is_back():
+    async def gone():
+        raise AWAY
+
+    async def kill(_):
+        site.llms[0].server = gone
+        raise died()
+
+    site = Site(Script(item=[kill]), Script())
+    back, site.llms[1].server = site.llms[1].server, gone
+    for _ in range(3):
+        with pytest.raises(UnavailableError):
+            await site.judged(*windows(1))
+    site.llms[1].server = back
+    assert (await site.judged(*windows(1))).conditions["endpoint"] == "b"
+
+
+async def test_a_prompt_that_no_server_judges_has_its_canary_judged_ever_less_often():
+    script = Script(item=["gibberish"], canary=["gibberish"])
+    site = Site(script)
+    began = []
+    for _ in range(80):
+        before = site.counts("canary")
+        for item in windows(3):
+            with pytest.raises(UnavailableError, match="does not judge the canary"):
+                await site.judged(item)
+        if site.counts("canary") != before:
+            began.append(site.clock.now)
+        site.clock.now += 1
+    assert began == [0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 61.0]
+    assert site.counts("canary") == [2 * len(began)], "an answer and its repair"
+
+
+async def test_a_prompt_that_fails_on_a_server_delays_it_for_no_other_prompt():
+    mine = PromptVersion(
+        template=json.dumps({"system": "mine", "user": "camera: {{ camera }}\ntime: 11:00 day", "repair": "r"}),
+        output_schema=DEFAULT.output_schema,
+        parameters="{}",
+    )
+
+    async def dislikes(messages):
+        return "gibberish" if messages[0].content == "mine" else answer()
+
+    site = Site(Script(item=[dislikes], canary=[dislikes]))
+    for _ in range(6):
+        with pytest.raises(UnavailableError):
+            await site.judged(*windows(1), mine)
+        site.clock.now += 30
+    [endpoint] = site.judge._endpoints.all
+    assert endpoint.due(DEFAULT, site.clock.now - 30)
+    assert not endpoint.due(mine, site.clock.now - 30)
+    assert endpoint.pause.failures == 0
+
+
+def test_an_outage_of_thousands_of_failures_has_its_longest_pause_and_no_longer():
+    pause, pauses = endpoints.Pause(), []
+    for _ in range(2000):
+        now = pause.until
+        pause.longer(now)
+        pauses.append(pause.until - now)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0] + [30.0] * 1995
+
+
+async def test_one_outage_is_one_failure_however_many_requests_it_ended():
+    fall = asyncio.Event()
+
+    async def refuse(_):
+        await fall.wait()
+        raise AWAY
+
+    site = Site(Script(item=[refuse]), slots=4, deadline_s=60)
+    calls = asyncio.gather(*map(site.judged, windows(4)), return_exceptions=True)
+    while site.llms[0].running < 4:
+        await asyncio.sleep(0)
+    fall.set()
+    assert all(isinstance(error, UnavailableError) for error in await calls)
+    [endpoint] = site.judge._endpoints.all
+    assert endpoint.pause.failures == 1
+    assert endpoint.pause.until == 1.0
+
+
+async def test_a_server_that_says_who_it_is_and_refuses_work_comes_back_by_a_canary():
+    refusing = Script(item=[AWAY], canary=[AWAY])
+    site = Site(refusing, Script())
+    for _ in range(60):
+        assert (await site.judged(*windows(1))).conditions["endpoint"] == "b"
+        for _ in range(10):
+            await asyncio.sleep(0)
+        site.clock.now += 1
+    assert site.counts() == [1, 60], "it has no window before it judged a canary"
+    assert site.counts("canary")[0] <= 6, "ever less often"
+    refusing.said = {"canary": [answer()], "item": [answer()]}
+    site.clock.now += 30
+    while site.counts()[0] == 1:
+        await site.judged(*windows(1))
+        await asyncio.sleep(0)
 
 
 async def test_an_item_that_hangs_one_of_two_servers_for_ever_is_judged_by_the_other():

@@ -5,7 +5,9 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
+from unittest.mock import AsyncMock
 
+import httpx
 import pytest
 
 from processors.analyze.fakes import FakeLlm
@@ -56,9 +58,13 @@ class Script:
         return step
 
 
-def judge_with(llm, **changes) -> Judge:
+HOUR_S = 3600
+"""Between two looks at the clock: each pause is over."""
+
+
+def judge_with(llm, tick_s=0.001, **changes) -> Judge:
     ticks = itertools.count()
-    return Judge([llm], settings(**changes), wall=lambda: 42, clock=lambda: next(ticks) / 1000)
+    return Judge([llm], settings(**changes), wall=lambda: 42, clock=lambda: next(ticks) * tick_s)
 
 
 def died():
@@ -140,7 +146,7 @@ async def test_cut_off_twice_is_a_dead_letter():
 
 async def test_garbage_for_everyone_blames_nobody():
     script = Script(item=["gibberish"], canary=["gibberish"])
-    judge = judge_with(FakeLlm(script))
+    judge = judge_with(FakeLlm(script), HOUR_S)
     for _ in range(5):
         with pytest.raises(UnavailableError, match="does not judge the canary"):
             await judge.judge(ITEM, DEFAULT, key="k")
@@ -215,7 +221,7 @@ async def test_two_failures_and_an_answer_are_an_event():
 
 async def test_a_server_that_hangs_for_everyone_is_waited_for_without_limit():
     script = Script(item=[hang], canary=[hang])
-    judge = judge_with(FakeLlm(script), deadline_s=0.01)
+    judge = judge_with(FakeLlm(script), HOUR_S, deadline_s=0.01)
     for _ in range(6):
         with pytest.raises(UnavailableError) as caught:
             await judge.judge(ITEM, DEFAULT, key="k")
@@ -232,7 +238,43 @@ async def test_a_server_that_is_away_is_no_attempt():
         with pytest.raises(UnavailableError):
             await judge.judge(ITEM, DEFAULT, key="k")
     assert (await judge.judge(ITEM, DEFAULT, key="k")).risk_score == 71
-    assert "canary" not in script.asked
+
+
+async def test_what_failed_under_a_version_that_judges_nothing_is_not_held_against_the_window_under_another():
+    async def version(messages):
+        return "gibberish" if messages[0].content == "broken" else answer()
+
+    template = json.dumps({"system": "broken", "user": "camera: {{ camera }}\ntime: 11:00 day", "repair": "r"})
+    broken_version = PromptVersion(template=template, output_schema=DEFAULT.output_schema, parameters="{}")
+    judge = judge_with(FakeLlm(version))
+    with pytest.raises(UnavailableError, match="does not judge the canary"):
+        await judge.judge(ITEM, broken_version, key="k")
+    assert (await judge.judge(ITEM, DEFAULT, key="k")).risk_score == 71
+
+
+@pytest.mark.parametrize("mistake", [OverflowError("too large"), RecursionError(), httpx.StreamClosed()])
+async def test_what_nobody_foresaw_is_the_windows_fault_only_beside_a_good_canary(mistake):
+    with pytest.raises(UnprocessableError, match=type(mistake).__name__):
+        await judge_with(FakeLlm(Script(item=[mistake]))).judge(ITEM, DEFAULT, key="k")
+    script = Script(item=[mistake], canary=[mistake])
+    judge = judge_with(FakeLlm(script), HOUR_S)
+    for _ in range(5):
+        with pytest.raises(UnavailableError, match=type(mistake).__name__):
+            await judge.judge(ITEM, DEFAULT, key="k")
+    script.said = {"canary": [answer()], "item": [answer()]}
+    assert (await judge.judge(ITEM, DEFAULT, key="k")).risk_score == 71
+
+
+async def test_a_server_that_is_away_while_tokens_are_counted_is_waited_for():
+    item = context((seen("person"),), camera="item", sections=BULK)
+    llm = FakeLlm(Script(), context_size=400 + 200, tokens_per_byte=0.1)
+    count, llm.count_tokens = llm.count_tokens, AsyncMock(side_effect=UnavailableError("llm", "connection refused"))
+    judge = judge_with(llm)
+    with pytest.raises(UnavailableError, match="connection refused"):
+        await judge.judge(item, DEFAULT, key="k")
+    llm.count_tokens = count
+    event = await until_done(judge, item)
+    assert (event.risk_score, len(event.dropped_sections)) == (71, 1)
 
 
 async def test_an_item_that_kills_the_server_is_found_although_the_server_needs_time_to_come_back():
@@ -301,7 +343,7 @@ async def test_a_good_canary_speaks_for_all_who_failed_before_it():
         raise died()
 
     script = Script(item=[fall, answer()], other=[fall, answer()], canary=["gibberish"])
-    judge = judge_with(FakeLlm(script))
+    judge = judge_with(FakeLlm(script), HOUR_S)
     calls = (judge.judge(item, DEFAULT, key=item.batch_id) for item in (ITEM, OTHER))
     for failed in await asyncio.gather(*calls, return_exceptions=True):
         assert isinstance(failed, UnavailableError)

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from processors.analyze import core, endpoints
 from processors.analyze.judge import Judge
 from processors.analyze.llm import OpenAiLlm
 from processors.analyze.port import AttemptError
@@ -104,6 +105,56 @@ async def test_tokens_are_counted_by_the_server_with_the_chat_template():
     assert rude.requests[-1] == ("/tokenize", {"content": "<s>su", "add_special": True, "parse_special": True})
 
 
+@pytest.mark.parametrize("page", ["/apply-template", "/tokenize"])
+@pytest.mark.parametrize(
+    ("reply", "raised"),
+    [
+        ((503, {"error": {"message": "Loading model"}}), UnavailableError),
+        ((429, b"busy"), UnavailableError),
+        ((500, {"error": {"message": "boom"}}), AttemptError),
+        ((400, {"error": {"message": "roles"}}), AttemptError),
+    ],
+)
+async def test_a_server_that_could_not_count_just_now_is_no_server_that_does_not_count(page, reply, raised):
+    rude = RudeServer(good)
+    rude.pages |= {"/apply-template": (200, {"prompt": "<s>su"}), "/tokenize": (200, {"tokens": [1]}), page: reply}
+    async with rude.running() as url:
+        llm = OpenAiLlm(settings(url))
+        await llm.server()
+        with pytest.raises(raised, match=f"HTTP {reply[0]}"):
+            await llm.count_tokens(CHAT)
+        rude.pages["/v1/models"] = (200, {"data": [{"id": "rude-2"}]})
+        assert (await llm.server()).model == "rude-2", "it is asked again who it is"
+        await llm.close()
+
+
+async def test_a_connection_that_breaks_while_tokens_are_counted_is_away_or_a_death():
+    async def cut(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(cut, "127.0.0.1", 0)
+    llm = OpenAiLlm(settings(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+    with pytest.raises(AttemptError, match="the connection broke") as caught:
+        await llm.count_tokens(CHAT)
+    assert caught.value.kind == "died"
+    server.close()
+    await server.wait_closed()
+    with pytest.raises(UnavailableError, match="ConnectError"):
+        await llm.count_tokens(CHAT)
+    await llm.close()
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+async def test_a_server_without_a_page_that_counts_has_its_bytes_counted(status):
+    rude = RudeServer(good)
+    rude.pages["/apply-template"] = (status, b"no")
+    async with rude.running() as url:
+        llm = OpenAiLlm(settings(url))
+        assert await llm.count_tokens(CHAT) == core.token_bound(CHAT)
+        await llm.close()
+
+
 async def test_connection_refused_is_away_and_names_the_setting():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -114,7 +165,7 @@ async def test_connection_refused_is_away_and_names_the_setting():
     assert caught.value.waiting_on == "llm"
 
 
-@pytest.mark.parametrize("status", [503, 429, 401, 403])
+@pytest.mark.parametrize("status", [503, 429, 408, 409, 425, 401, 403])
 async def test_loading_busy_and_forbidden_are_away(status):
     async def chat(_):
         return status, {"error": {"message": "Loading model"}}
@@ -315,7 +366,8 @@ async def test_one_bad_item_is_one_dead_letter_and_the_others_go_on(fault):
 
 
 @pytest.mark.parametrize("fault", [failing, garbage, gibberish, cut_off, dying, hang])
-async def test_a_fault_for_everyone_is_waited_out_and_nothing_is_lost(fault):
+async def test_a_fault_for_everyone_is_waited_out_and_nothing_is_lost(fault, monkeypatch):
+    monkeypatch.setattr(endpoints, "_RETRY_S", (0.0, 0.0))
     chat = Chat(everyone=fault)
     async with RudeServer(chat).running() as url:
         stage = build(settings(url, deadline_s=0.1))

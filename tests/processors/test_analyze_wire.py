@@ -169,3 +169,24 @@ async def test_what_was_said_until_the_deadline_is_kept_too():
             await asyncio.wait_for(judge.judge(context(camera="silent"), prompts.default(), key="k"), 30)
         await judge.close()
     assert json.loads(caught.value.detail)["attempts"][0]["raw"] == '{"reasoning": "so far'
+
+
+@pytest.mark.parametrize("head", [b"{", b"data: {", b"data: {}\n"])
+def test_an_answer_without_end_is_garbage_before_it_fills_the_memory(head):
+    taken = Answer(lambda _: None)
+    taken.feed(head)
+    piece = chunk({"content": "x" * 60_000}) if head.endswith(b"\n") else b"x" * 60_000
+
+    def go_on():
+        for _ in range(100):
+            taken.feed(piece)
+
+    with pytest.raises(AttemptError, match="more than 4000000 bytes") as caught:
+        go_on()
+    assert caught.value.kind == "garbage"
+    assert len(caught.value.raw) < 1000
+
+
+def test_long_thoughts_are_no_long_answer():
+    thoughts = chunk({"reasoning_content": "hm" * 30_000}) * 100
+    assert read(thoughts + STREAM, *range(100_000, len(thoughts), 100_000))[0].text == "Tür 🚪"

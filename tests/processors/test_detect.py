@@ -72,6 +72,12 @@ async def test_a_frame_becomes_its_detections(stage: DetectStage) -> None:
     )
 
 
+async def test_the_workers_report_names_the_model_and_what_runs_it_now(stage: DetectStage) -> None:
+    assert stage.details == {"detector": {"model": "fake", "runtime": "fake"}}
+    stage._detector.runtime = "openvino-cpu"
+    assert stage.details["detector"]["runtime"] == "openvino-cpu"
+
+
 async def test_a_frame_that_shows_nothing_has_a_record_too(stage: DetectStage) -> None:
     (emit,) = await stage.handle(as_incoming(codec.emit("frames", frame(jpeg(0)))))
     assert codec.decode(as_incoming(emit), Detections).boxes == ()

@@ -14,7 +14,7 @@ from PIL import Image
 from processors.detect.breaker import Breaker
 from processors.detect.core import MIN_SCORE
 from processors.detect.detector import Batcher, FakeDetector
-from processors.detect.http_detector import HttpDetector
+from processors.detect.http_detector import HttpDetector, _jpeg
 from processors.detect.service.service import Service
 from processors.detect.settings import ClientSettings, DetectorSettings, ServiceSettings
 from processors.detect.stage import DetectStage
@@ -246,6 +246,66 @@ async def test_one_bad_file_of_a_batch_is_that_frames_error_alone() -> None:
     await batcher.close()
     assert isinstance(bad, UnprocessableError)
     assert [seen.boxes for seen in others] == [(DOG,), (DOG,)]
+
+
+@pytest.mark.parametrize("fault", [httpx.ReadTimeout("75 s"), httpx.RemoteProtocolError("cut")], ids=repr)
+async def test_a_picture_that_hangs_or_crashes_the_service_is_blamed_alone_after_three_attempts(
+    fault: Exception,
+) -> None:
+    poison = Image.effect_noise((64, 64), 99).convert("RGB")
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if _jpeg(poison) in request.content:
+            raise fault
+        return good(request)
+
+    clock = Clock()
+    batcher = Batcher(client(Server(answer), clock), size=3, wait_s=0.02)
+
+    async def as_the_stage(picture: Image.Image) -> tuple[Box, ...] | int:
+        attempts = 0
+        async with asyncio.timeout(10):
+            while attempts < 3:
+                try:
+                    return (await batcher.detect(picture)).boxes
+                except UnavailableError:
+                    clock.now += 20
+                except RuntimeError:
+                    attempts += 1
+        return attempts
+
+    found = await asyncio.gather(*(as_the_stage(one) for one in (poison, PICTURE, Image.new("RGB", (9, 9)))))
+    await batcher.close()
+    assert found == [3, (DOG,), (DOG,)]
+
+
+def test_a_service_that_hangs_whatever_it_is_asked_blames_no_picture_and_one_that_is_back_answers() -> None:
+    clock = Clock()
+    server = Server(httpx.ReadTimeout("75 s"))
+    detector = client(server, clock)
+    for _ in range(6):
+        with pytest.raises(UnavailableError):
+            detector.detect([PICTURE])
+        clock.now += 20
+    server.answers = [good]
+    with pytest.raises(RuntimeError, match="answers others"):  # one attempt: it had this picture when it hung
+        detector.detect([PICTURE])
+    assert detector.detect([PICTURE]) == [(DOG,)]
+    assert detector._suspects == {}
+
+
+def test_a_service_that_cannot_be_reached_makes_no_suspects() -> None:
+    clock = Clock()
+    server = Server(httpx.ConnectError("refused"))
+    detector = client(server, clock)
+    with pytest.raises(UnavailableError):
+        detector.detect([PICTURE])
+    server.answers = [good]
+    assert detector.detect([PICTURE]) == [(DOG,)]
+
+
+def test_our_services_own_deadline_comes_before_the_clients() -> None:
+    assert ClientSettings().read_timeout_s > ServiceSettings().deadline_s
 
 
 def test_a_closed_client_waits_for_nothing() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,17 @@ from PIL import Image
 
 from infra.models.measure import Found, measure
 from infra.models.renders import HELD_OUT_SEED, corners, fresh, truth
-from processors.detect import export, network, runtimes, torch_detector
+from processors.detect import export, exported, network, runtimes, timing, torch_detector
 from processors.detect.agreement import agree, distances
 from processors.detect.card import Card
 from processors.detect.cuda_graphs import sizes
 from processors.detect.detector import Detector, FakeDetector
-from processors.detect.exported import Cache
+from processors.detect.exported import Cache, Measured
 from processors.detect.model_detector import ModelDetector
 from processors.detect.onnx_detector import OnnxDetector
 from processors.detect.openvino_detector import OpenVinoDetector
 from processors.detect.settings import DetectorSettings, ModelError
+from processors.detect.timing import Take, Timing, compare
 from processors.detect.torch_detector import TorchDetector
 from processors.detect.upgrading import UpgradingDetector
 from schemas.records import Box
@@ -125,6 +127,17 @@ def test_a_checkpoint_of_rt_detrs_first_version_runs_in_every_runtime(tmp_path: 
         assert max(distances(a, b, (64, 64)).max() for a, b in zip(expected, detector.raw(images), strict=True)) <= 1
 
 
+def test_every_runtime_sees_the_same_by_a_full_size_model_at_640(tmp_path: Path) -> None:
+    card = Card.read(detect_kit.r18(tmp_path / "r18"))
+    onnx = tmp_path / "model.onnx"
+    export.export(card, onnx)
+    images = detect_kit.scenes(1)
+    expected = eager(card, images)
+    assert np.ptp(expected[0, :, -4:-2], 0).min() > 0.5, "boxes all over the image: they are no chance among equals"
+    for detector in (TorchDetector(card, CPU), OpenVinoDetector(card, onnx, 0), OnnxDetector(card, onnx, 0)):
+        assert agree(expected, detector.raw(images), (640, 640)), detector.runtime
+
+
 def test_two_outputs_agree_whatever_the_order_of_their_queries() -> None:
     rng = np.random.default_rng(0)
     one = rng.random((1, 50, 7), np.float32)
@@ -150,6 +163,7 @@ def test_an_entry_is_made_once_and_says_what_was_fastest(tiny: Card, tmp_path: P
     assert manifest is not None
     assert {*manifest.ms} == {"torch", "openvino", "onnxruntime"}
     assert manifest.left_out == {}
+    assert manifest.by in {"wall", "cpu"}
     assert manifest.ms[manifest.fastest] == min(manifest.ms.values())
     before = cache.onnx.stat().st_mtime_ns
     export.make(tiny, cache, 1)
@@ -157,8 +171,42 @@ def test_an_entry_is_made_once_and_says_what_was_fastest(tiny: Card, tmp_path: P
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [cache.folder.name]
 
 
+@pytest.mark.parametrize(("pixels", "because"), [(2.0, "other boxes than torch's"), (0.5, None)])
+def test_a_runtime_that_sees_other_boxes_is_left_out_however_fast_it_is(
+    pixels: float, because: str | None, tiny: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Shifted(ModelDetector):
+        def __init__(self, card: Card, onnx: Path, threads: int) -> None:
+            super().__init__(card)
+            self._seen: np.ndarray | None = None
+
+        def raw(self, images: Sequence[Image.Image]) -> np.ndarray:
+            if self._seen is None:
+                self._seen = TorchDetector(tiny, CPU).raw(images)
+                self._seen[..., -4] += pixels / 64
+            return self._seen
+
+    def broken(*_: Any) -> ModelDetector:
+        raise OSError("no such instruction")
+
+    monkeypatch.setattr(export, "export", lambda card, onnx: onnx.write_bytes(b"a model"))
+    monkeypatch.setattr(export, "OpenVinoDetector", broken)
+    monkeypatch.setattr(export, "OnnxDetector", Shifted)
+    cache = Cache(tmp_path / "cache", tiny, 1)
+    export.make(tiny, cache, 1)
+    manifest = cache.read()
+    assert manifest is not None
+    assert manifest.fastest == ("torch" if because else "onnxruntime")
+    assert manifest.left_out.pop("openvino") == "OSError('no such instruction')"
+    assert manifest.left_out == ({"onnxruntime": because} if because else {})
+
+
 def whole_entry(cache: Cache, ms: dict[str, float]) -> None:
-    cache.make(lambda onnx: (onnx.write_bytes(b"a model") and ms, {}))
+    def fill(onnx: Path) -> Measured:
+        onnx.write_bytes(b"a model")
+        return Measured(ms, "wall", {})
+
+    cache.make(fill)
 
 
 @pytest.mark.parametrize("harm", ["model.onnx", "manifest.json"])
@@ -189,6 +237,62 @@ def test_other_weights_or_threads_are_another_entry(tiny: Card, tmp_path: Path) 
         Cache(tmp_path, tiny._replace(digest="f" * 64), 0).folder,
     }
     assert len(folders) == 3
+
+
+def test_a_new_entry_removes_those_of_other_versions_and_keeps_those_that_may_be_in_use(
+    tiny: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(exported, "version", lambda name: "0.9" if name == "torch" else "1")
+        old, old_of_two_threads = Cache(tmp_path, tiny, 0), Cache(tmp_path, tiny, 2)
+        whole_entry(old, {"torch": 1.0})
+        whole_entry(old_of_two_threads, {"torch": 1.0})
+    of_another_model = Cache(tmp_path, tiny._replace(digest="f" * 64), 0)
+    whole_entry(of_another_model, {"torch": 1.0})
+    broken = tmp_path / f"{tiny.digest[:16]}-of-a-format-that-no-one-reads"
+    broken.mkdir()
+    now = Cache(tmp_path, tiny, 0)
+    whole_entry(now, {"torch": 1.0})
+    kept = {cache.folder.name for cache in (now, old_of_two_threads, of_another_model)}
+    assert {path.name for path in tmp_path.iterdir() if "-" in path.name} == kept
+
+
+# -- what is fastest, on a machine with other work
+
+QUIET, LOUD = 0.0, 3.0
+
+
+def timed(*takes: tuple[str, float, float, float]) -> Timing:
+    """From takes in their order: whose, wall, cpu, waited."""
+    coming = iter(takes)
+
+    def taking(work: Callable[[], object]) -> Take:
+        name, *seconds = next(coming)
+        assert work() == name
+        return Take(*seconds)
+
+    return compare({name: lambda name=name: name for name in ("a", "b")}, taking=taking, clock=lambda: 0.0)
+
+
+def test_runtimes_take_turns_and_the_least_by_the_clock_counts_where_each_had_the_machine() -> None:
+    quiet = [("a", 0.2, 0.4, QUIET), ("b", 0.3, 0.3, QUIET)]
+    assert timed(*quiet, ("a", 0.1, 0.4, QUIET), ("b", 0.9, 0.3, LOUD), *quiet) == ({"a": 100, "b": 300}, "wall")
+
+
+def test_a_take_that_others_disturbed_does_not_count_by_the_clock() -> None:
+    loud = [("a", 0.15, 0.4, LOUD), ("b", 0.2, 0.3, LOUD)]
+    assert timed(*loud * 4, ("a", 0.2, 0.4, QUIET), ("b", 0.3, 0.3, QUIET)) == ({"a": 200, "b": 300}, "wall")
+
+
+def test_on_a_machine_that_is_never_quiet_the_one_that_needs_less_of_it_is_the_fastest() -> None:
+    loud = [("a", 0.5, 0.4, LOUD), ("b", 5.0, 0.3, LOUD)]
+    assert timed(*loud * 12) == ({"a": 400, "b": 300}, "cpu")
+
+
+def test_what_a_take_waited_for_a_core_is_told_by_the_system() -> None:
+    one = timing.take(lambda: sum(range(10**6)))
+    assert 0 < one.cpu <= one.wall * 1.1
+    assert 0 <= one.waited < one.wall * threading.active_count() * 2
 
 
 # -- the choice
@@ -234,7 +338,12 @@ def test_a_runtime_that_is_named_is_gone_over_to_between_two_batches(tiny: Card,
 @pytest.mark.parametrize("fastest", ["openvino", "onnxruntime", "torch"])
 def test_auto_takes_what_was_fastest_here(fastest: str, tiny: Card, tmp_path: Path) -> None:
     ms = {"torch": 2.0, "openvino": 2.0, "onnxruntime": 2.0} | {fastest: 1.0}
-    Cache(tmp_path, tiny, 1).make(lambda onnx: (export.export(tiny, onnx) or ms, {}))
+
+    def fill(onnx: Path) -> Measured:
+        export.export(tiny, onnx)
+        return Measured(ms, "wall", {})
+
+    Cache(tmp_path, tiny, 1).make(fill)
     assert load(tiny, tmp_path).runtime == f"{fastest}-cpu"
 
 

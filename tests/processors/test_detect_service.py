@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from processors.detect.detector import Detector, FakeDetector
+from processors.detect.service import gpu
 from processors.detect.service.forms import form_of
 from processors.detect.service.room import Room
 from processors.detect.service.service import Service
@@ -440,6 +441,36 @@ async def test_its_metrics_count_answers_files_and_batches(http: httpx.AsyncClie
         "rewatch_detector_in_hand 0.0",
     ):
         assert line in told
+
+
+async def test_room_that_is_given_while_a_cancelled_one_still_waits_is_counted_right() -> None:
+    room = Room(10)
+    assert room.grab(8)
+    waiting = asyncio.create_task(room.take(4))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    room.give(8)  # before the cancelled one runs: its turn is taken off and goes to nobody
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert room.taken == 0
+
+
+async def test_a_driver_that_hangs_costs_one_thread_and_no_health() -> None:
+    let, asked = threading.Event(), []
+
+    def hangs(runtime: str) -> dict[str, object]:
+        asked.append(threading.current_thread())
+        let.wait(20)
+        return {"device": runtime}
+
+    probe = gpu.Probe(hangs, patience_s=0.05)
+    for _ in range(3):
+        assert (await probe.readings("torch-cuda"))["temperature"] is None
+    assert [thread.daemon for thread in asked] == [True]
+    let.set()
+    await asyncio.to_thread(asked[0].join)
+    await asyncio.sleep(0)
+    assert await probe.readings("torch-cuda") == {"device": "torch-cuda"}
 
 
 async def test_room_is_given_in_the_order_of_asking_and_comes_back_from_those_who_left() -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 import httpx
 import psutil
@@ -269,6 +270,75 @@ async def test_a_broker_that_is_away_costs_the_oldest_readings_and_they_are_coun
     stop.set()
     await running
     assert (outbox.sent, outbox.dropped) == (0, 5)
+
+
+class _Slow:
+    """A Kafka whose producer takes a reading when it is let, or never begins."""
+
+    def __init__(self, *, begins: bool = True) -> None:
+        self.begins = asyncio.Event()
+        if begins:
+            self.begins.set()
+        self.let = asyncio.Event()
+        self.asked: list[int] = []
+        self.took: list[int] = []
+
+    def producer(self) -> Self:
+        return self
+
+    async def start(self) -> None:
+        await self.begins.wait()
+
+    async def stop(self) -> None: ...
+
+    async def send_and_wait(self, _: str, value: bytes, *__: object, **___: object) -> None:
+        self.asked.append(len(value))
+        await self.let.wait()
+        self.took.append(len(value))
+
+
+async def test_a_reading_that_is_being_sent_costs_no_other_one_when_the_buffer_fills() -> None:
+    kafka = _Slow()
+    outbox = Outbox(kafka, most=2)  # type: ignore[arg-type]
+    readings = [core.records(seen(Reading(0)), "tower" * n, AT)[0] for n in range(1, 4)]
+    outbox.put(readings[:1])
+    stop = asyncio.Event()
+    running = asyncio.create_task(outbox.run(stop))
+    await until(lambda: kafka.asked)
+    outbox.put(readings[1:])
+    kafka.let.set()
+    await until(lambda: outbox.sent + outbox.dropped >= 3)
+    stop.set()
+    await running
+    assert (outbox.sent, outbox.dropped) == (3, 0)
+    assert len(set(kafka.took)) == 3
+
+
+async def test_a_stop_is_heeded_while_the_broker_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("processors.telemetry.outbox._LAST_S", 0.05)
+    outbox = Outbox(_Slow(begins=False))  # type: ignore[arg-type]
+    outbox.put(core.records(seen(Reading(0)), "tower", AT))
+    stop = asyncio.Event()
+    running = asyncio.create_task(outbox.run(stop))
+    await asyncio.sleep(0)
+    stop.set()
+    await asyncio.wait_for(running, 2)
+    assert outbox.dropped == 1
+
+
+def test_cards_are_named_as_lost_where_nvml_is_shut_down_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml(rtx_a5500())
+    watched = Nvml(nvml)
+    assert watched.look().state == "cards"
+
+    def shut() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
+
+    monkeypatch.setattr(nvml, "nvmlShutdown", shut)
+    nvml.error = pynvml.NVML_ERROR_UNINITIALIZED
+    (card,) = watched.look().cards
+    assert card.name == rtx_a5500().name
+    assert "sees it no more" in str(card.error)
 
 
 async def test_readings_are_on_the_log_by_host_and_scraped(kafka: Kafka, tmp_path: Path) -> None:

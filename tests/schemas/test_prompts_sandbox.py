@@ -49,6 +49,18 @@ HUGE = [
     ("{% for a in 'x' * 1000 %}" * 3 + "{% endfor %}" * 3, "more than 20000 steps"),
     ("{% for i in 'x' * 10000 %}{{ 'y' * 1000 }}{% endfor %}", "more than"),
     ("{% set a = 'x' * 1999999 %}{% for i in 'x' * 100000 %}{% if 'z' in a %}{% endif %}{% endfor %}", "steps"),
+    (
+        "{% set a = 'a b ' * 499999 %}{% for i in 'x' * 2500 %}{% set y = a.title().title().title() %}{% endfor %}",
+        "more than 20000 steps",
+    ),
+    ("{% set big = 'ab' * 999999 %}{% for i in 'x' * 9999 %}{% set y = 'ba' * 9 ~ 'x' in big %}{% endfor %}", "steps"),
+    ("{% set big = 'ab' * 999999 %}{% for i in 'x' * 9999 %}{% set y = 'bb' is in(big) %}{% endfor %}", "steps"),
+    ("{% set big = 'A' * 1999999 %}{% for i in 'x' * 9999 %}{% set y = big is upper %}{% endfor %}", "steps"),
+    ("{{ ('a' * 999999).strip('b' * 900000 ~ 'a') }}", "at most 100 characters can be stripped off"),
+    ("{{ ('a' * 1999999) | trim('b' * 999999 ~ 'a') }}", "at most 100 characters can be stripped off"),
+    ("{{ ('a' * 1999999) | sort | length }}", "more than 20000 steps"),
+    ("{{ ('a' * 1999999) | select('in', 'b' * 99999) | list }}", "more than"),
+    ("{% for i in 'x' * 99 %}{{ ('b ' * 199999) | title | length }}{% endfor %}", "more than 20000 steps"),
     ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "not taken"),
     ("{% for a in seen recursive %}{{ loop(seen) }}{% endfor %}", "not taken"),
     ("{% filter upper %}x{% endfilter %}", "not taken"),
@@ -118,6 +130,35 @@ def test_a_schema_refers_to_nothing_beyond_itself(reference: str) -> None:
     schema["properties"]["summary"] = {"$ref": reference}
     with pytest.raises(PromptError, match="mine: "):
         PromptVersion(template=DEFAULT.template, output_schema=json.dumps(schema), parameters="{}", name="mine")
+
+
+DOUBLED = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(30)} | {"d30": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"properties": {"summary": {"pattern": "^(a+)+$"}}}, "has `pattern`, which is not taken"),
+        ({"default": {"pattern": "^(a+)+$"}, "allOf": [{"$ref": "#/default"}]}, "has `pattern`"),
+        ({"patternProperties": {"^(a+)+$": {}}}, "has `patternProperties`"),
+        ({"allOf": [{"$ref": "#"}]}, "refers to itself"),
+        ({"$defs": {"a": {"not": {"$ref": "#/$defs/b"}}, "b": {"not": {"$ref": "#/$defs/a"}}}}, "refers to itself"),
+        ({"allOf": [{"$dynamicRef": "#"}]}, "has `\\$dynamicRef`"),
+        ({"allOf": [{"$id": "http://a/", "$ref": "#/$defs/b"}], "$defs": {"b": {}}}, "has `\\$id`"),
+        ({"$defs": DOUBLED, "$ref": "#/$defs/d0"}, "more than 1000 schemas"),
+    ],
+)
+def test_a_schema_with_which_checking_an_answer_might_not_end_is_refused(change: dict[str, object], why: str) -> None:
+    schema = json.dumps(json.loads(DEFAULT.output_schema) | change)
+    with pytest.raises(PromptError, match=f"mine: .*{why}"):
+        PromptVersion(template=DEFAULT.template, output_schema=schema, parameters="{}", name="mine")
+
+
+def test_a_schema_may_name_a_property_pattern_and_refer_to_a_part_twice() -> None:
+    schema = json.loads(DEFAULT.output_schema)
+    schema["properties"] |= {"pattern": {"$ref": "#/$defs/word"}, "$id": {"$ref": "#/$defs/word"}}
+    schema["$defs"] = {"word": {"type": "string", "enum": ["pattern"]}}
+    PromptVersion(template=DEFAULT.template, output_schema=json.dumps(schema), parameters="{}", name="mine")
 
 
 def test_a_version_survives_its_files() -> None:

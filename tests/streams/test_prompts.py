@@ -33,7 +33,9 @@ def test_a_cameras_own_pointer_wins_until_it_is_taken_back() -> None:
 
 def test_a_pointer_to_a_version_that_is_not_there_is_waited_for() -> None:
     known, table = in_memory([*ON_LOG, pointer("0" * 32, "door")])
-    with pytest.raises(UnavailableError, match=r"0000.* for camera door: .*not in `prompts`.*rollback") as waits:
+    with pytest.raises(
+        UnavailableError, match=r"0000.* for camera door: .*not in `prompts`.*rollback --camera door` "
+    ) as waits:
         known.of("door")
     assert waits.value.waiting_on == "settings"
     assert known.of("yard") == DEFAULT

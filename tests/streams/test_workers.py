@@ -1,9 +1,11 @@
 """The partitions of one process side by side: what they share, and what is left when they go; no broker."""
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,6 +113,18 @@ async def done(workers: Workers, partition: int, count: int) -> None:
     async with asyncio.timeout(20):
         while position(workers, partition) < count:
             await asyncio.sleep(0)
+
+
+async def test_the_report_says_what_the_stage_tells_of_itself_at_the_time(tmp_path: Path) -> None:
+    stage: Any = Busy(concurrency=1, turns=0)
+    stage.details = {"detector": {"runtime": "torch-cpu"}}
+    status = tmp_path / "busy.json"
+    workers = Workers(Kafka(KafkaSettings()), stage, epochs=lambda _: "e", reader=Reading(), status=status)
+    reporting = asyncio.create_task(workers.report())
+    await asyncio.sleep(0)
+    assert json.loads(status.read_text())["detector"] == {"runtime": "torch-cpu"}
+    reporting.cancel()
+    await asyncio.gather(reporting, return_exceptions=True)
 
 
 async def test_all_partitions_together_have_as_many_records_in_work_as_the_stage_says(

@@ -54,6 +54,7 @@ class Door:
         self._pictures = Pictures(settings)
         self._bodies = Room(settings.bodies_mb * 1_000_000)
         self._in_hand = 0
+        self._gpu = gpu.Probe()
         self._idle = asyncio.Event()
         self._idle.set()
         self._ending = False
@@ -125,7 +126,7 @@ class Door:
 
     async def _health(self, _request: Request) -> Response:
         model = self.model
-        told = await asyncio.to_thread(gpu.readings, model.detector.runtime if model is not None else "")
+        told = await self._gpu.readings(model.detector.runtime if model is not None else "")
         status = "loading" if model is None else "stopping" if self._ending else "healthy"
         return JSONResponse(
             {

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 
 
 class Room:
@@ -36,7 +37,8 @@ class Room:
             if turn.done() and not turn.cancelled():  # its turn came at this very moment
                 self.give(count)
             else:
-                self._waiting.remove((count, turn))
+                with suppress(ValueError):  # `give` came by after the cancellation, and took it off
+                    self._waiting.remove((count, turn))
                 self.give(0)  # who was behind may fit
             raise
 

@@ -38,6 +38,7 @@ async def test_a_killed_member_is_back_without_waiting_for_its_session_and_witho
             await on.send(40)
             await on.until_echoed()
             assert time.monotonic() - began < _SESSION_MS / 1000 / 2
+            await until(lambda: _joined(again))
             assert again.status()["generation"] == other.status()["generation"] == generation
 
 
@@ -66,6 +67,11 @@ async def test_a_member_that_is_asked_to_stop_leaves_its_partitions_to_the_other
         await on.send(40)
         await on.until_echoed()
         assert time.monotonic() - began < _SESSION_MS / 1000 / 2
+
+
+async def _joined(one: Worker) -> bool:
+    """Whether its report, written once a second, says so."""
+    return bool(one.status()["generation"] >= 0)
 
 
 async def _share(workers: list[Worker]) -> bool:
