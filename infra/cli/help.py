@@ -19,7 +19,8 @@ EXIT_CODES = """[bold]Exit codes[/bold]
   0  yes, done; also an orderly Ctrl-C of `up` and `run`
   1  the answer is no, nothing fits, or a check failed
   2  usage or settings: the message names the option or setting
-  3  a service is away: the broker, ClickHouse, the LLM server; of `prompt parse`: the answer needs a repair
+  3  a service is away: the broker, ClickHouse, the LLM server;
+     `prompt parse`: the answer needs a repair
   130  Ctrl-C ended it before it was done"""
 
 

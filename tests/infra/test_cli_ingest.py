@@ -150,7 +150,7 @@ def test_ctrl_c_ends_the_watch_in_order(settings: Settings) -> None:
 def test_a_camera_that_never_answered_is_a_service_that_is_away(settings: Settings) -> None:
     assert settings.kafka.system
     command = ("ingest", "snapshot", "http://127.0.0.1:9/x.jpg", "--camera", "yard-away")
-    result = invoke(*command, "--for", "1500ms")
+    result = invoke(*command, "--for", "5s")
     assert result.exit_code == 3
     assert "error: http://127.0.0.1:9/x.jpg: cannot connect (Connection refused)" in result.stderr
     with served() as cam:
