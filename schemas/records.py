@@ -165,6 +165,8 @@ class Label(Record, frozen=True, kw_only=True):
     author: str
     note: str
     labelled_at: int
+    selection: str = ""
+    chance: float = 0.0
 
 
 class Alert(Record, frozen=True, kw_only=True):
@@ -192,6 +194,7 @@ class PromptRecord(Record, frozen=True, kw_only=True):
     parameters: str
     comment: str
     created_at: int
+    evidence: str = ""
 
 
 class Zone(Record, frozen=True, kw_only=True):
@@ -235,6 +238,7 @@ class Replay(Record, frozen=True, kw_only=True):
     state: str
     plan: str
     updated_at: int
+    detail: str = ""
 
 
 class ReplayUnit(Record, frozen=True, kw_only=True):
@@ -246,6 +250,7 @@ class ReplayUnit(Record, frozen=True, kw_only=True):
     kind: str
     payload: bytes
     created_at: int
+    prompt_digest: str = ""
 
 
 class ReplayEvent(Record, frozen=True, kw_only=True):

@@ -58,7 +58,8 @@ TOPICS: dict[str, Topic] = {
         Topic("prompts", records.PromptRecord, _prompt, retention_ms=FOREVER, single=True),
         Topic("cameras", records.Camera, _camera, retention_ms=FOREVER, single=True),
         Topic("replays", records.Replay, lambda r: r.replay_id, retention_ms=FOREVER, single=True),
-        Topic("replay_units", records.ReplayUnit, lambda r: r.unit_id),
+        # As long as their results: who takes a replay over asks both what was done.
+        Topic("replay_units", records.ReplayUnit, lambda r: r.unit_id, retention_ms=90 * _DAY_MS),
         Topic("replay_events", records.ReplayEvent, _camera, retention_ms=90 * _DAY_MS),
         Topic("gpu_metrics", records.GpuMetrics, lambda r: r.host),
         Topic("dead_letters", records.DeadLetter, _origin, retention_ms=90 * _DAY_MS),

@@ -141,6 +141,7 @@ prompt = PromptRecord(
     parameters='{"temperature": 0}',
     comment="the first",
     created_at=AT - 1_000_000,
+    evidence="r1",
 )
 risk_event = RiskEvent(
     event_id=ids.event_id(batch.batch_id),
@@ -184,6 +185,8 @@ label = Label(
     author="",
     note="that was the post",
     labelled_at=AT + 60_000,
+    selection="near_threshold",
+    chance=0.25,
 )
 alert = Alert(
     alert_id="f" * 32,
@@ -204,7 +207,14 @@ camera = Camera(
     partition=None,
     updated_at=AT - 2_000_000,
 )
-replay = Replay(replay_id="r1", name="stricter", state="running", plan='{"items": 1}', updated_at=AT + 100_000)
+replay = Replay(
+    replay_id="r1",
+    name="stricter",
+    state="running",
+    plan='{"kind": "baseline"}',
+    updated_at=AT + 100_000,
+    detail="by hand",
+)
 replay_unit = ReplayUnit(
     unit_id="r1:" + batch.batch_id,
     replay_id="r1",
@@ -212,6 +222,7 @@ replay_unit = ReplayUnit(
     kind="judge",
     payload=codec.encode("contexts", context)[0],
     created_at=AT + 100_000,
+    prompt_digest="a" * 32,
 )
 _replayed = ids.event_id(batch.batch_id, "r1")
 replay_event = ReplayEvent(

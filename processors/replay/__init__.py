@@ -1,0 +1,1 @@
+"""Re-watch: recorded history judged again under a change, compared with what was said, and shown."""
