@@ -113,7 +113,7 @@ class Plan(Record, frozen=True, kw_only=True):
     upto: tuple[Bound, ...] = ()
     """How far the history that it reads went when it was planned (topics `contexts`, `detections`, `frames`)."""
     since: tuple[Bound, ...] = ()
-    """Where `replay_units`, `replay_events` and `dead_letters` (of a shadow: `contexts`) ended then: it begins there."""
+    """Where `replay_units`, `replay_events` and `dead_letters` (a shadow: `contexts`) ended then: it begins there."""
     windows: int = 0
     """Windows to judge, as far as known when it was planned."""
     frames: int = 0
