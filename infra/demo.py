@@ -25,10 +25,10 @@ from infra.cli import output
 from infra.cli.lifecycle import Stop, bring_up, duration, narrate
 from infra.cli.show import collect
 from infra.config import Settings
-from infra.installation import Installation
+from infra.installation import Installation, strictly
 from infra.models.bands import Said, Told, summary, told
 from infra.models.recordings import write_recordings
-from infra.models.stories import CAMERAS, Footage, write_footage
+from infra.models.stories import CAMERAS, DEFAULT_SEED, Footage, write_footage
 from processors.store.queries import Queries
 from streams.kafka import Kafka
 from streams.messages import Tick
@@ -49,14 +49,19 @@ TRY = (
 # A demo makes some 15 events; this is a month of demos.
 _MANY = 1000
 _MONTH = timedelta(days=30)
+# A story stays at its time of the day, by light and by meaning: half of the shortest way to dusk or dawn.
+_DRIFT_S = 15 * 60
 
 
 class DemoError(RuntimeError):
     """The demo did not end as it must; the message says what is missing."""
 
 
-async def run_demo(settings: Settings, config: Path | None, console: Console, stop: Stop) -> bool:
-    """Play the footage, show the events, write `<data_dir>/demo.json`.
+async def run_demo(settings: Settings, config: Path | None, console: Console, stop: Stop, *, days: int = 1) -> bool:
+    """Play the footage of so many days, show the events, write `<data_dir>/demo.json`.
+
+    It is judged under strict conditions where the settings do not say otherwise, so that `replay run --mode strict` can
+    show that the same question has the same answer.
 
     The file has what `rewatch status --json` says at the end, `seconds`, and `stories`: see `infra.models.bands`.
 
@@ -70,8 +75,11 @@ async def run_demo(settings: Settings, config: Path | None, console: Console, st
         raise DemoError("the demo plays through the inbox: set ingest.folder.enabled on, ingest.folder.after to move")
     began = time.monotonic()
     seconds: dict[str, float] = {"install": _install_seconds()}
-    console.print("[bold]rewatch demo[/bold]: three cameras, one day, everything on this machine", soft_wrap=True)
+    lasting = "one day" if days == 1 else f"{days} days"
+    console.print(f"[bold]rewatch demo[/bold]: three cameras, {lasting}, everything on this machine", soft_wrap=True)
+    settings, environment = strictly(settings)
     installation = Installation(settings, config)
+    installation.environment.update(environment)
     if not await bring_up(installation, console, stop):
         console.print("stopped before anything was played", soft_wrap=True)
         return False
@@ -79,18 +87,18 @@ async def run_demo(settings: Settings, config: Path | None, console: Console, st
     telling = asyncio.create_task(narrate(installation, console))
     try:
         seconds["start"] = time.monotonic() - began
-        showing = asyncio.create_task(_show(settings, console, progress, seconds))
+        showing = asyncio.create_task(_show(settings, console, progress, seconds, days))
         stopping = asyncio.create_task(stop.asked.wait())
         try:
             await asyncio.wait({showing, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if stop.asked.is_set():
                 return False
-            state, footage = await showing
+            state, footages = await showing
         finally:
             for task in (showing, stopping):
                 task.cancel()
             await asyncio.gather(showing, stopping, return_exceptions=True)
-        stories = await _told(settings, footage)
+        stories = [story for footage in footages for story in await _told(settings, footage)]
         await _finish(settings, console, stories, state)
     finally:
         telling.cancel()
@@ -125,27 +133,36 @@ class _Progress:
 
 
 async def _show(
-    settings: Settings, console: Console, progress: _Progress, seconds: dict[str, float]
-) -> tuple[dict[str, Any], Footage]:
+    settings: Settings, console: Console, progress: _Progress, seconds: dict[str, float], days: int
+) -> tuple[dict[str, Any], list[Footage]]:
     """Play, print events as they come, wait for the end; return what `rewatch status --json` says then."""
-    with console.status("drawing the day: 11 small stories at three cameras ..."):
-        footage = await asyncio.to_thread(_render, settings)
-    progress.frames = len(footage.frames)
-    console.print(
-        f"playing {progress.frames} frames into {settings.ingest.folder.root}/; what is found, as it is found:",
-        soft_wrap=True,
-    )
+    footages = []
     watch = _Watch(settings, console, progress, seconds)
     await watch.look()
-    watching = asyncio.create_task(watch.run())
+    watching: asyncio.Task[None] | None = None
     try:
-        await _play(settings, footage, progress, console)
-        state = await _drained(settings, console, len(footage.frames))
+        for number in range(days):  # while one day is drawn, the stages work on those before
+            with console.status(f"drawing {_nth_day(number, days)}: 11 small stories at three cameras ..."):
+                footage = await asyncio.to_thread(_render, settings, number)
+            footages.append(footage)
+            progress.frames += len(footage.frames)
+            what = (
+                f"playing {len(footage.frames)} frames of {_nth_day(number, days)} into {settings.ingest.folder.root}/"
+            )
+            console.print(f"{what}; what is found, as it is found:" if watching is None else what, soft_wrap=True)
+            watching = watching or asyncio.create_task(watch.run())
+            await _play(settings, footage, progress, console)
+        state = await _drained(settings, console, progress.frames)
     finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        if watching is not None:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
     await watch.look()
-    return state, footage
+    return state, footages
+
+
+def _nth_day(number: int, days: int) -> str:
+    return "the day" if days == 1 else f"day {number + 1} of {days}"
 
 
 def write_demo_footage(directory: Path, console: Console, *, mp4: bool) -> None:
@@ -165,12 +182,16 @@ def write_demo_footage(directory: Path, console: Console, *, mp4: bool) -> None:
         console.print(f"  rewatch ingest {command} {shlex.quote(str(path))} --camera {path.stem}", soft_wrap=True)
 
 
-def _render(settings: Settings) -> Footage:
-    """A day of footage that this data directory has not seen: a day twice would only be repeats."""
+def _render(settings: Settings, number: int) -> Footage:
+    """A day of footage that this data directory has not seen: a day twice would only be repeats.
+
+    Of several days the first is as it always is; the others have other people, cars and minutes.
+    """
     directory = settings.data_dir / "demo"
     drawn = {date.fromisoformat(path.name) for path in directory.glob("????-??-??")}
     day = next_day(drawn, datetime.now(UTC).date())
-    return write_footage(directory / day.isoformat(), day=day)
+    drift_s = _DRIFT_S if number else 0
+    return write_footage(directory / day.isoformat(), seed=DEFAULT_SEED + number, day=day, drift_s=drift_s)
 
 
 def next_day(drawn: set[date], today: date) -> date:
@@ -197,8 +218,8 @@ async def _play(settings: Settings, footage: Footage, progress: _Progress, conso
         while waiting:
             await asyncio.sleep(0.1)
             waiting = [path for path in waiting if path.exists()]
-            progress.taken = len(footage.frames) - len(waiting)
-            bar.update(task, completed=progress.taken)
+            progress.taken = progress.frames - len(waiting)
+            bar.update(task, completed=len(footage.frames) - len(waiting))
     kafka = Kafka(settings.kafka)
     producer = kafka.producer()
     try:
@@ -350,17 +371,23 @@ def _show_stories(console: Console, stories: list[Told], state: dict[str, Any]) 
         title="the day's stories: what happened, what was said",
         box=box.SIMPLE,
     )
+    alone = len({one.began.date() for one in stories}) == 1
     for one in stories:
+        if one.right and not alone:
+            continue  # of many days what went wrong is what is worth reading
         riskiest = one.said[0] if one.said else None
         table.add_row(
-            f"{one.began:%H:%M}",
+            f"{one.began:%H:%M}" if alone else f"{one.began:%Y-%m-%d %H:%M}",
             one.story.camera,
             one.story.name,
             " or ".join(one.story.levels) or "no event",
             output.level_text(riskiest.level, riskiest.score) if riskiest is not None else Text("no event"),
             Text("right", style="green") if one.right else Text("wrong", style="red"),
         )
-    console.print(table)
+    if not alone:
+        table.title = "stories that were judged wrong: what happened, what was said"
+    if table.row_count:
+        console.print(table)
     counts = summary(stories)
     console.print(
         f"{counts['right']} of {counts['told']} stories judged right by their riskiest event; "

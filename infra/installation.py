@@ -37,6 +37,8 @@ class Installation:
     def __init__(self, settings: Settings, config: Path | None = None) -> None:
         self.settings = settings
         self._config = config
+        self.environment: dict[str, str] = {}
+        """Settings that its processes have besides the file's, by their names in the environment."""
         self.stack = LocalStack(
             settings.data_dir,
             kafka_port=settings.local.kafka_port,
@@ -93,7 +95,7 @@ class Installation:
                 *("--status", str(status), "--metrics-port", metrics, *config),
                 *("--member", member_name(self.settings, stage, index)),
             ],
-            env={"PYTHONUNBUFFERED": "1"},
+            env={"PYTHONUNBUFFERED": "1", **self.environment},
             needs=tuple(need for need, local in needs.items() if local),
             patient=True,
             ready=lambda: _ready(stage, status),
@@ -112,6 +114,18 @@ def member_name(settings: Settings, stage: str, index: int) -> str:
     host = re.sub(r"[^A-Za-z0-9._-]", "_", socket.gethostname())[:100]
     place = hashlib.sha256(str(settings.data_dir.resolve()).encode()).hexdigest()[:8]
     return f"{settings.kafka.system[:100]}-{stage}-{host}-{place}-{index + 1}"
+
+
+def strictly(settings: Settings) -> tuple[Settings, dict[str, str]]:
+    """With an embedded LLM that gives the same answer to the same question: one slot, no prompt cache.
+
+    What was set otherwise stays so. The second value is for `Installation.environment`: stages read settings of theirs.
+    """
+    strict = {"slots": 1, "prompt_cache": False} if settings.local_llm else {}
+    unset = {name: value for name, value in strict.items() if name not in settings.llm.model_fields_set}
+    llm = settings.llm.model_copy(update=unset)
+    environment = {f"REWATCH_LLM__{name.upper()}": str(value).lower() for name, value in unset.items()}
+    return settings.model_copy(update={"llm": llm}), environment
 
 
 async def _ready(stage: str, status: Path) -> bool:

@@ -35,6 +35,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "rewatch demo",
             "REWATCH_DATA_DIR=/tmp/demo rewatch demo  # leaves .rewatch alone",
+            "rewatch demo --days 31                   # a month: some 500 events, a history to re-watch",
             "rewatch demo --footage day/ --mp4        # only writes the footage, to play with",
         ),
     )(demo)
@@ -97,10 +98,14 @@ def demo(
         typer.Option(metavar="DIR", file_okay=False, help="Only write the footage there: a folder of JPEGs a camera."),
     ] = None,
     mp4: Annotated[bool, typer.Option("--mp4", help="With --footage: an MP4 a camera instead.")] = False,
+    days: Annotated[
+        int, typer.Option(min=1, max=366, help="Days to play: 31 make some 500 events, a history to re-watch.")
+    ] = 1,
 ) -> None:
     """Play three rendered cameras through everything, show what it found, and stop.
 
-    On the real broker, ClickHouse engine, detector and LLM server, in about a minute. The data stay.
+    On the real broker, ClickHouse engine, detector and LLM server, in about a minute (more days: some 15 s each). The
+    data stay.
     """
     from infra.demo import DemoError, run_demo, write_demo_footage
 
@@ -113,7 +118,7 @@ def demo(
     async def main() -> bool:
         out = console()
         try:
-            return await run_demo(ctx.obj, ctx.meta["config"], out, Stop(out))
+            return await run_demo(ctx.obj, ctx.meta["config"], out, Stop(out), days=days)
         except DemoError as error:
             fail(str(error))
 

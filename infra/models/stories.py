@@ -267,6 +267,7 @@ def write_footage(
     seed: int = DEFAULT_SEED,
     cameras: tuple[str, ...] = CAMERAS,
     day: date = DEFAULT_DAY,
+    drift_s: int = 0,
 ) -> Footage:
     """Renders every story of the given cameras into `directory/<camera>/<capture time>.jpg`.
 
@@ -275,6 +276,7 @@ def write_footage(
         seed: Changes places, clothes and noise, not the stories.
         cameras: Which of CAMERAS to write.
         day: The (UTC) day on which it all happens.
+        drift_s: By how much a story may begin earlier or later, seconds, drawn from the seed.
 
     Returns:
         The frames in the order of their cameras and capture times, with ground truth.
@@ -291,7 +293,8 @@ def write_footage(
         folder = directory / story.camera
         folder.mkdir(parents=True, exist_ok=True)
         view = View(story.camera, random.Random(f"{seed}/{story.camera}").randrange(10**9))
-        start = datetime.combine(day, story.at, UTC) + timedelta(milliseconds=250)
+        drift = random.Random(f"{seed}/{story.name}/at").randint(-drift_s, drift_s)
+        start = datetime.combine(day, story.at, UTC) + timedelta(seconds=drift, milliseconds=250)
         for second in range(story.seconds):
             at = start + timedelta(seconds=second)
             caption = f"{story.camera}  {at:%Y-%m-%d %H:%M:%S}"

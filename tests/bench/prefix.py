@@ -1,8 +1,9 @@
 """prefix_cache_share: which part of the prompts' tokens llama.cpp takes from its cache, over similar windows.
 
-A hundred windows, of one camera within two hours, go through the stage's own client and judge, under the default
-prompt: what a prompt shares with the one that its slot worked on before need not be evaluated again. The prompt has
-what is constant first (half of its tokens, with the demo's tokenizer), then camera and time.
+A hundred windows, of one camera within two hours, go through the stage's own client and judge, under each prompt that
+comes with the product: what a prompt shares with the one that its slot worked on before need not be evaluated again. A
+prompt has what is constant first, then camera and time; with the demo's tokenizer the default one has some 90 tokens,
+half of them constant, so it cannot reach the aim. A longer one, as real models want it, shares more.
 """
 
 import asyncio
@@ -15,11 +16,12 @@ from processors.analyze.judge import Judge
 from processors.analyze.llm import OpenAiLlm
 from processors.analyze.settings import LlmSettings
 from schemas import prompts
+from schemas.prompts import PromptVersion
 from schemas.records import Context
 from tests.bench.analyze import contexts
 from tests.bench.figure import Figure
 
-NAMES: tuple[str, ...] = ("prefix_cache_share",)
+NAMES: tuple[str, ...] = ("prefix_cache_share", "prefix_cache_share_second")
 
 AIM = 0.6
 WINDOWS = 100
@@ -30,7 +32,16 @@ _APART_MS = 72_000
 
 
 async def measure(stack: LocalStack, progress: Callable[[float], None], *, quick: bool = False) -> list[Figure]:
-    """Cached tokens as a share of all prompt tokens, against the aim."""
+    """Cached tokens as a share of all prompt tokens, against the aim: the default prompt, then the second."""
+    figures: list[Figure] = []
+    for name, prompt in zip(NAMES, (prompts.default(), prompts.deliveries_strict_nights()), strict=True):
+        share = await _share(stack, prompt, lambda done: progress((len(figures) + done) / len(NAMES)), quick=quick)
+        figures.append(Figure(name, share, AIM, share / AIM, "of prompt tokens", aim=1.0))
+    return figures
+
+
+async def _share(stack: LocalStack, prompt: PromptVersion, progress: Callable[[float], None], *, quick: bool) -> float:
+    """Cached tokens as a share of all prompt tokens."""
     settings = LlmSettings(url=stack.llm_url)
     judge = Judge([OpenAiLlm(settings)], settings)
     windows = [_similar(one, n) for n, one in enumerate(contexts(QUICK_WINDOWS if quick else WINDOWS))]
@@ -38,15 +49,14 @@ async def measure(stack: LocalStack, progress: Callable[[float], None], *, quick
 
     async def judged(number: int) -> tuple[int, int]:
         nonlocal done
-        event = await judge.judge(windows[number], prompts.default(), key=str(number))
+        event = await judge.judge(windows[number], prompt, key=str(number))
         done += 1
         progress(done / len(windows))
         return event.cached_tokens, event.prompt_tokens
 
     counts = await asyncio.gather(*(judged(number) for number in range(len(windows))))
     await judge.close()
-    share = sum(cached for cached, _ in counts) / sum(tokens for _, tokens in counts)
-    return [Figure(NAMES[0], share, AIM, share / AIM, "of prompt tokens", aim=1.0)]
+    return sum(cached for cached, _ in counts) / sum(tokens for _, tokens in counts)
 
 
 def _similar(context: Context, number: int) -> Context:
