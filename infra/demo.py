@@ -143,7 +143,7 @@ async def _show(
     try:
         for number in range(days):  # while one day is drawn, the stages work on those before
             with console.status(f"drawing {_nth_day(number, days)}: 11 small stories at three cameras ..."):
-                footage = await asyncio.to_thread(_render, settings, number)
+                footage = await asyncio.to_thread(_render, settings, number, days)
             footages.append(footage)
             progress.frames += len(footage.frames)
             what = (
@@ -182,22 +182,25 @@ def write_demo_footage(directory: Path, console: Console, *, mp4: bool) -> None:
         console.print(f"  rewatch ingest {command} {shlex.quote(str(path))} --camera {path.stem}", soft_wrap=True)
 
 
-def _render(settings: Settings, number: int) -> Footage:
+def _render(settings: Settings, number: int, days: int) -> Footage:
     """A day of footage that this data directory has not seen: a day twice would only be repeats.
 
     Of several days the first is as it always is; the others have other people, cars and minutes.
     """
     directory = settings.data_dir / "demo"
     drawn = {date.fromisoformat(path.name) for path in directory.glob("????-??-??")}
-    day = next_day(drawn, datetime.now(UTC).date())
+    day = next_day(drawn, datetime.now(UTC).date(), days)
     drift_s = _DRIFT_S if number else 0
     return write_footage(directory / day.isoformat(), seed=DEFAULT_SEED + number, day=day, drift_s=drift_s)
 
 
-def next_day(drawn: set[date], today: date) -> date:
-    """The day to draw: the first lies a month back, each next one a day later, and from today on they go backwards."""
+def next_day(drawn: set[date], today: date, days: int = 1) -> date:
+    """The day to draw: the first lies a month back, each next one a day later, and from today on they go backwards.
+
+    More days than a month has, drawn at once, begin further back: a camera's time does not go backwards.
+    """
     if not drawn:
-        return today - _MONTH
+        return today - max(_MONTH, timedelta(days=days))
     later = max(drawn) + timedelta(days=1)
     return later if later < today else min(drawn) - timedelta(days=1)
 

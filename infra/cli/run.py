@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "rewatch demo",
             "REWATCH_DATA_DIR=/tmp/demo rewatch demo  # leaves .rewatch alone",
-            "rewatch demo --days 31                   # a month: some 500 events, a history to re-watch",
+            "rewatch demo --days 32                   # a month: some 500 events, a history to re-watch",
             "rewatch demo --footage day/ --mp4        # only writes the footage, to play with",
         ),
     )(demo)
@@ -99,12 +99,12 @@ def demo(
     ] = None,
     mp4: Annotated[bool, typer.Option("--mp4", help="With --footage: an MP4 a camera instead.")] = False,
     days: Annotated[
-        int, typer.Option(min=1, max=366, help="Days to play: 31 make some 500 events, a history to re-watch.")
+        int, typer.Option(min=1, max=366, help="Days to play: 32 make some 500 events, a history to re-watch.")
     ] = 1,
 ) -> None:
     """Play three rendered cameras through everything, show what it found, and stop.
 
-    On the real broker, ClickHouse engine, detector and LLM server, in about a minute (more days: some 15 s each). The
+    On the real broker, ClickHouse engine, detector and LLM server, in about a minute (more days: some 10 s each). The
     data stay.
     """
     from infra.demo import DemoError, run_demo, write_demo_footage

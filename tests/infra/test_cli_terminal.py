@@ -184,3 +184,12 @@ def test_the_demo_never_draws_a_day_twice() -> None:
         assert day < today + timedelta(days=run // 7)
         drawn.add(day)
     assert min(drawn) < date(2026, 10, 3) == today - timedelta(days=30)
+
+
+def test_a_demo_of_many_days_draws_them_one_after_another_and_none_in_the_future() -> None:
+    drawn: list[date] = []
+    today = date(2026, 11, 2)
+    for _ in range(45):
+        drawn.append(next_day(set(drawn), today, 45))
+    assert drawn == sorted(drawn)
+    assert drawn[-1] < today
