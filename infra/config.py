@@ -1,11 +1,13 @@
 """One validated `rewatch.yaml`: every section belongs to the room that reads it, and they meet here.
 
 Order of precedence: REWATCH_<SECTION>__<NAME> in the environment, the names that people of other services know
-(`ALIASES`), the file, the defaults. Secrets belong in the environment.
+(`ALIASES`), the file, the defaults. Secrets belong in the environment, or in files that it names: each secret's name
+with _FILE behind it (REWATCH_GATEWAY__API_KEY_FILE), as container engines mount them.
 """
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -13,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Secret, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -80,6 +83,21 @@ class StageSettings(BaseModel):
     processes: int = Field(1, ge=0, le=64, description="Processes that `rewatch up` starts.")
 
 
+class ReplayStageSettings(BaseModel):
+    """How replays and shadows are run, besides in every process of analyze."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    host: Literal["raw"] = Field("raw", description="What feeds it: the same as beside analyze.")
+    processes: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Processes that `rewatch up` starts for it alone. Each process of analyze does its work too, and "
+        "only there live windows come first.",
+    )
+
+
 class StagesSettings(BaseModel):
     """The topology table."""
 
@@ -92,6 +110,7 @@ class StagesSettings(BaseModel):
     # Many partitions of many topics, thousands of records a second while it catches up: the raw host spends the
     # least on each (`make bench`: 15,100 records a second against 13,600 on Faust's).
     sink: StageSettings = StageSettings(host="raw")
+    replay: ReplayStageSettings = ReplayStageSettings()
 
 
 class Settings(BaseSettings):
@@ -131,9 +150,17 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Environment, aliases, file."""
+        """Environment, aliases, files of secrets, file."""
         del dotenv_settings, file_secret_settings
-        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings, _Aliases(settings_cls))
+        if isinstance(env_settings, EnvSettingsSource):  # else api_key_file would be taken for a setting of its own
+            files = {variable.lower() for variable in _secret_files()}
+            env_settings.env_vars = {name: v for name, v in env_settings.env_vars.items() if name not in files}
+        sources: tuple[PydanticBaseSettingsSource, ...] = (
+            init_settings,
+            env_settings,
+            _Aliases(settings_cls),
+            _SecretFiles(settings_cls),
+        )
         if cls.file is not None:
             sources += (YamlConfigSettingsSource(settings_cls, yaml_file=cls.file),)
         return sources
@@ -186,15 +213,54 @@ class _Aliases(PydanticBaseSettingsSource):
         return None, field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, path in ALIASES.items():
-            if name in os.environ:
-                *sections, setting = path.split(".")
-                at = found
-                for section in sections:
-                    at = at.setdefault(section, {})
-                at[setting] = os.environ[name]
-        return found
+        return _tree({path: os.environ[name] for name, path in ALIASES.items() if name in os.environ})
+
+
+class _SecretFiles(PydanticBaseSettingsSource):
+    """Secrets in files that the environment names, as a source of settings."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 (the base's shape)
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return _tree({path: _secret_in(variable) for variable, path in _secret_files().items()})
+
+
+def _tree(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by their settings' dotted names, as nested sections."""
+    found: dict[str, Any] = {}
+    for path, value in values.items():
+        *sections, setting = path.split(".")
+        at = found
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[setting] = value
+    return found
+
+
+def _secret_files() -> dict[str, str]:
+    """The variables that name a secret's file, and the setting of each."""
+    found = {}
+    for variable in os.environ:
+        name = variable.upper()
+        secret = name.removesuffix("_FILE")
+        if secret == name:
+            continue
+        path = ALIASES.get(secret)
+        if path is None and secret.startswith(_PREFIX):
+            path = secret.removeprefix(_PREFIX).lower().replace("__", ".")
+        if path is not None and _is_secret(path):
+            found[variable] = path
+    return found
+
+
+def _secret_in(variable: str) -> str:
+    """What is in the file that a variable names, without the end of its line."""
+    try:
+        return Path(os.environ[variable]).read_text().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no text"
+        raise ConfigError(f"{variable} (environment): {os.environ[variable]}: {why}") from error
 
 
 def load(file: Path | None = None) -> Settings:
@@ -248,9 +314,16 @@ def _check_environment() -> None:
     known = [_PREFIX + name.upper().replace(".", "__") for name in known_settings()]
     # What lies below a setting that is a map is a person's own naming: REWATCH_INGEST__FOLDER__CAMERAS__DRIVEWAY.
     leaves = tuple(f"{name}__" for name in known if not any(other.startswith(f"{name}__") for other in known))
-    problems = []
+    files = _secret_files()
+    problems = [
+        f"{variable} and {secret} (environment) are both set: keep one"
+        for variable in files
+        if (secret := variable[: -len("_FILE")]) in os.environ
+    ]
     for variable in os.environ:
         name = variable.upper()
+        if variable in files:
+            continue
         if name.startswith(_PREFIX) and name not in known and name not in ALIASES and not name.startswith(leaves):
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else "`rewatch config show` lists all"

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -16,7 +17,7 @@ from infra.config import Settings
 from infra.local.llama import LlamaSettings
 from infra.local.process import BEHIND, ProcessSpec
 from infra.local.stack import LocalStack
-from infra.watchdog import Watchdog
+from infra.watchdog import Watchdog, either
 from processors.analyze.settings import SLOTS
 from processors.sink.store import ClickHouseStore
 from schemas import prompts
@@ -34,8 +35,12 @@ _READY_S = 600.0
 class Installation:
     """An async context manager: inside it everything that the settings ask for runs."""
 
-    def __init__(self, settings: Settings, config: Path | None = None) -> None:
+    def __init__(
+        self, settings: Settings, config: Path | None = None, *, only: Collection[str] = topology.PROCESSES
+    ) -> None:
+        """Prepare; `only` names the processes of ours that may start. Where none of them judges there is no LLM."""
         self.settings = settings
+        self._only = frozenset(only)
         self._config = config
         self.environment: dict[str, str] = {}
         """Settings that its processes have besides the file's, by their names in the environment."""
@@ -43,7 +48,7 @@ class Installation:
             settings.data_dir,
             kafka_port=settings.local.kafka_port,
             clickhouse_port=settings.local.clickhouse_port,
-            llama=llama_settings(settings) if settings.local_llm else None,
+            llama=llama_settings(settings) if settings.local_llm and self._only & {"analyze", "replay"} else None,
             without=[
                 name
                 for name, local in (("kafka", settings.local_kafka), ("clickhouse", settings.local_clickhouse))
@@ -79,6 +84,7 @@ class Installation:
         return [
             self._spec(name, index, topology.processes(self.settings, name))
             for name in topology.PROCESSES
+            if name in self._only
             for index in range(topology.processes(self.settings, name))
         ]
 
@@ -88,6 +94,7 @@ class Installation:
         config = ["--config", str(self._config)] if self._config else []
         metrics = str(topology.metrics_port_of(self.settings, stage, index))
         needs = {"kafka": self.settings.local_kafka and stage != "gateway"}
+        reports = [status, topology.report_beside(status)] if stage == "analyze" else [status]
         return ProcessSpec(
             name=name,
             argv=[
@@ -99,9 +106,10 @@ class Installation:
             needs=tuple(need for need, local in needs.items() if local),
             patient=True,
             ready=lambda: _ready(stage, status),
-            stalled=Watchdog(status).stalled,
+            prepare=lambda: _forget_before(reports[1:]),
+            stalled=either(*map(Watchdog, reports)),
             nice=BEHIND if stage in {"sink", "telemetry"} else 0,
-            cleanup=lambda: status.unlink(missing_ok=True),
+            cleanup=lambda: _forget(reports),
             ready_timeout=_READY_S,
         )
 
@@ -126,6 +134,16 @@ def strictly(settings: Settings) -> tuple[Settings, dict[str, str]]:
     llm = settings.llm.model_copy(update=unset)
     environment = {f"REWATCH_LLM__{name.upper()}": str(value).lower() for name, value in unset.items()}
     return settings.model_copy(update={"llm": llm}), environment
+
+
+async def _forget_before(reports: Sequence[Path]) -> None:
+    """What a predecessor that was killed said last is not about its successor, which takes a while to say something."""
+    _forget(reports)
+
+
+def _forget(reports: Sequence[Path]) -> None:
+    for report in reports:
+        report.unlink(missing_ok=True)
 
 
 async def _ready(stage: str, status: Path) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +102,8 @@ async def shown(settings: Settings, llms: Sequence[Llm], context: Context, promp
 
     for llm in llms:
         with contextlib.suppress(UnavailableError, AttemptError):
-            return await counted((await llm.server()).context_size, llm.count_tokens)
+            counting = partial(llm.count_tokens, parameters=prompt.sampling)
+            return await counted((await llm.server()).context_size, counting)
     # The embedded server's slots share the context.
     slots = (settings.llm.slots or SLOTS) if settings.local_llm else 1
     return await counted(settings.llm.context_size // slots, bound)

@@ -76,6 +76,8 @@ def obstacle(letter: Row) -> str | None:
     if kind == "rejected":
         sent = f"it came by {topic} and left no file: mend what the message names, and send it again"
         return None if topic == "folder" else sent
+    if stage == "replay" and topic != "replay_units":
+        return "a shadow failed in it: it judges live windows once, as they come, and nothing is held up by it"
     met = ids.place(letter["origin"]) is not None and stage != "sink" and topic in READS.get(stage, ())
     return None if met else f"no stage would meet it again: {stage} reads no {topic}"
 

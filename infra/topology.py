@@ -6,9 +6,10 @@ Each stage is imported when it is built: torch alone takes seconds and 300 MB, a
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import structlog
 from aiokafka.errors import KafkaError
@@ -18,19 +19,21 @@ from infra.local.llama import threads_of
 from infra.local.supervisor import running
 from infra.models import library
 from processors.telemetry.driver import driver_found
-from schemas.records import TopicMeta
+from schemas.records import Replay, TopicMeta
 from streams.admin import ensure_topics
 from streams.claims import ClaimStore
-from streams.control import Cameras
+from streams.control import Cameras, ControlTable
 from streams.kafka import Kafka
 from streams.liveness import Liveness
 from streams.lives import Lives
+from streams.metrics import Together
 from streams.prompts import Prompts
 from streams.scraping import Endpoint
 from streams.stages import Stage
 from streams.survey import READS
 
 if TYPE_CHECKING:
+    from processors.analyze.stage import AnalyzeStage
     from processors.detect.detector import Detector
     from processors.gateway.service import Service as Gateway
     from streams.host_faust import FaustHost
@@ -49,13 +52,18 @@ DOORS = ("ingest", "gateway")
 BESIDE = ("telemetry",)
 """What stands beside the road and reads no topic, so it is no member of a group either."""
 
-PROCESSES = (*DOORS, *STAGES, *BESIDE)
-"""Everything that `rewatch run` runs; the order decides the metrics' ports."""
+PROCESSES = (*DOORS, *(stage for stage in STAGES if stage != "replay"), *BESIDE, "replay")
+"""Everything that `rewatch run` runs; the order decides the metrics' ports, so what is new comes last."""
 
 
 def status_path(settings: Settings, stage: str) -> Path:
     """Where this process says how it is; `rewatch status` and the supervisor read it."""
     return settings.data_dir / "status" / f"{stage}-{os.getpid()}.json"
+
+
+def report_beside(status: Path) -> Path:
+    """Where the process of analyze, which reports in `status`, says how the replay stage in it is."""
+    return status.with_name(f"{status.stem}+replay.json")
 
 
 def cameras(settings: Settings, kafka: Kafka) -> Cameras:
@@ -102,9 +110,9 @@ async def run(
         ModelError: a model cannot be loaded.
     """
     kafka = Kafka(settings.kafka)
-    known, prompts = cameras(settings, kafka), Prompts(kafka)
+    known, prompts, replays = cameras(settings, kafka), Prompts(kafka), ControlTable(kafka, "replays", Replay)
     # Importing and loading a model takes seconds, and so may the broker: neither waits for the other.
-    loading = asyncio.to_thread(_load, settings, name, known, prompts) if name in STAGES else None
+    loading = asyncio.to_thread(_load, settings, name, known, prompts, replays) if name in STAGES else None
     building = asyncio.create_task(loading) if loading is not None else None
     port = metrics_port_of(settings, name) if metrics_port is None else metrics_port
     async with AsyncExitStack() as stack:
@@ -125,7 +133,10 @@ async def run(
             metas = await _topics(kafka, stop, waits)
             # Side by side: each reads its topic to the end, and a killed stage is to be back soon.
             lives = Lives(kafka)
-            followed = (known.table.following(), prompts.table.following(), lives.following())
+            followed: list[AbstractAsyncContextManager[Any]]
+            followed = [known.table.following(), prompts.table.following(), lives.following()]
+            if name == "replay":
+                followed.append(replays.following())
             await _unless(stop, asyncio.gather(*map(stack.enter_async_context, followed)))
         if building is None:
             from processors.ingest.service import run as run_ingest
@@ -138,8 +149,19 @@ async def run(
             stage, host_class = await building
         host = host_class(kafka, stage, epochs=lives, status=status, member=member)
         host.workers.liveness.metrics = endpoint.url
-        endpoint.registry.register(host.workers.collector)
-        await host.run(stop)
+        told = Together()
+        told.collectors.append(host.workers.collector)
+        endpoint.registry.register(told)
+        if name != "analyze":
+            await host.run(stop)
+            return
+        from infra import rewatching
+
+        beside = rewatching.Beside(settings, kafka, prompts, cast("AnalyzeStage", stage).judge, lives)
+        after = host.workers.liveness
+        await rewatching.together(
+            stop, host.run, partial(beside.run, after=after, status=report_beside(status), member=member, told=told)
+        )
 
 
 def fixes(settings: Settings) -> dict[str, str]:
@@ -231,7 +253,7 @@ async def _topics(kafka: Kafka, stop: asyncio.Event, waits: list[str]) -> dict[s
     raise SystemExit(0)  # asked to stop before there was anything to stop
 
 
-def build(settings: Settings, name: str, known: Cameras, prompts: Prompts) -> Stage:
+def build(settings: Settings, name: str, known: Cameras, prompts: Prompts, replays: ControlTable[Replay]) -> Stage:
     """The stage of that name, with the parts that the settings choose."""
     if name == "detect":
         from processors.detect.stage import DetectStage
@@ -254,6 +276,12 @@ def build(settings: Settings, name: str, known: Cameras, prompts: Prompts) -> St
             weights=analyst(settings),
             conditions=conditions(settings),
         )
+    if name == "replay":
+        from infra import rewatching
+        from processors.analyze.stage import build_judge
+
+        judge = build_judge(settings.llm, weights=analyst(settings), conditions=conditions(settings))
+        return rewatching.build(settings, replays, prompts, judge)
     if name == "sink":
         from processors.sink.stage import build as build_sink
 
@@ -261,9 +289,11 @@ def build(settings: Settings, name: str, known: Cameras, prompts: Prompts) -> St
     raise ValueError(f"no such stage: {name}; there are {', '.join(PROCESSES)}")
 
 
-def _load(settings: Settings, name: str, known: Cameras, prompts: Prompts) -> "tuple[Stage, type[RawHost | FaustHost]]":
+def _load(
+    settings: Settings, name: str, known: Cameras, prompts: Prompts, replays: ControlTable[Replay]
+) -> "tuple[Stage, type[RawHost | FaustHost]]":
     """The stage, and what hosts it: seconds of imports each."""
-    return build(settings, name, known, prompts), _host(getattr(settings.stages, name).host)
+    return build(settings, name, known, prompts, replays), _host(getattr(settings.stages, name).host)
 
 
 def _host(name: str) -> "type[RawHost | FaustHost]":

@@ -1,7 +1,7 @@
 """Why the supervisor should restart a worker: it says so itself, or has stopped saying anything."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from infra.local.cpu import Turn, turn
@@ -56,6 +56,16 @@ class Watchdog:
         if self._silent > STALL_S:
             return f"its loop has not ticked for {for_s:.0f} s"
         return report["stall"] if isinstance(report["stall"], str) else None
+
+
+def either(*watchdogs: Watchdog) -> Callable[[], Awaitable[str | None]]:
+    """Of a process that writes several reports: why one of them says that it should be restarted, or None."""
+
+    async def stalled() -> str | None:
+        reasons = [await watchdog.stalled() for watchdog in watchdogs]
+        return next((reason for reason in reasons if reason is not None), None)
+
+    return stalled
 
 
 def _since(last: Turn | None, now: Turn | None, passed: float) -> tuple[float, float]:

@@ -48,7 +48,7 @@ def encode(topic: str, record: Record) -> tuple[bytes, bytes]:
     fingerprint = avro_schemas.fingerprint(topic)
     out = io.BytesIO()
     out.write(_MAGIC)
-    out.write((int.from_bytes(fingerprint[:4], "big") & 0x7FFFFFFF).to_bytes(4, "big"))
+    out.write(_id_of(fingerprint))
     fastavro.schemaless_writer(
         out,
         avro_schemas.current(topic),
@@ -108,11 +108,18 @@ def decode_state(incoming: Incoming, kind: type[R]) -> R | None:
 
 
 def decode_bytes(topic: str, value: bytes | None, fingerprint: bytes | None, kind: type[R]) -> R:
-    """As `decode`, from the parts. Without a fingerprint the current schema is assumed."""
+    """As `decode`, from the parts.
+
+    Without a fingerprint, as of a record inside another, the frame's id tells the schema; one that is not ours, the
+    current one.
+    """
     if value is None or len(value) < _FRAME or value[:1] != _MAGIC:
         raise DecodeError(f"not in Confluent's framing (a zero byte, a 4-byte id, Avro): {_short(value, 8)}")
     writer: Any = avro_schemas.current(topic)
-    if fingerprint is not None and fingerprint != avro_schemas.fingerprint(topic):
+    if fingerprint is None:
+        known = avro_schemas.by_fingerprint(topic)
+        writer = next((known[one] for one in known if _id_of(one) == value[1:_FRAME]), writer)
+    elif fingerprint != avro_schemas.fingerprint(topic):
         known = avro_schemas.by_fingerprint(topic)
         if fingerprint not in known:
             raise UnknownSchemaError(
@@ -130,6 +137,11 @@ def decode_bytes(topic: str, value: bytes | None, fingerprint: bytes | None, kin
         raise
     except Exception as error:  # fastavro raises whatever its struct and zip calls raise on bad bytes
         raise DecodeError(f"not a record of {topic}: {type(error).__name__}: {error}") from error
+
+
+def _id_of(fingerprint: bytes) -> bytes:
+    """The id in the frame of a record that was written with the schema of this fingerprint."""
+    return (int.from_bytes(fingerprint[:4], "big") & 0x7FFFFFFF).to_bytes(4, "big")
 
 
 def _short(data: bytes | None, limit: int = 80) -> str:

@@ -180,13 +180,16 @@ class Ownership:
         *,
         epoch: Callable[[], str],
         outputs: Sequence[str] = (),
+        several: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """Nothing is taken yet; `several`: the stage reads several topics, so a partition's number names no hold."""
         self.kafka = kafka
         self.stage = stage
         self.tp = tp
         self._epoch = epoch
         self._outputs = outputs
+        self._several = several
         self._clock = clock
         self._group = kafka.group(stage)
         self._producer: FencedProducer | None = None
@@ -207,7 +210,7 @@ class Ownership:
             KafkaError, TimeoutError, UncertainError or FencedError: not now; try again.
         """
         await self.release()
-        parts = (self.tp.partition,) if self.stage != "sink" else (self.tp.topic, self.tp.partition)
+        parts = (self.tp.topic, self.tp.partition) if self._several else (self.tp.partition,)
         producer = FencedProducer(self.kafka, self.kafka.transactional_id(self.stage, *parts))
         await producer.open()
         self._producer = producer
@@ -299,14 +302,17 @@ class Ownership:
         return self.derived(codec.emit("dead_letters", letter), record)
 
     def derived(self, emit: Emit, record: Incoming) -> Emit:
-        """Mark what a result was made from.
+        """Mark what a result was made from, unless it says so itself.
 
         Raises:
-            UnprocessableError: the result is larger than the broker takes.
+            UnprocessableError: the result is larger than the broker takes, or for a topic that is none of the outputs.
         """
+        if self._outputs and emit.topic not in self._outputs and emit.topic != "dead_letters":
+            raise UnprocessableError(f"{self.stage} may not append to {emit.topic}, only to {', '.join(self._outputs)}")
         if emit.size > MAX_RECORD_BYTES - 65_536:
             raise UnprocessableError(f"its result for {emit.topic} has {emit.size} bytes: more than a record holds")
-        headers = (*emit.headers, (SOURCE, record.origin.encode()))
+        says = any(name == SOURCE for name, _ in emit.headers)
+        headers = emit.headers if says else (*emit.headers, (SOURCE, record.origin.encode()))
         redrive = record.header(REDRIVE)
         if redrive is not None and len(redrive) <= _NAME:  # it names an origin; what is longer names none
             headers = (*headers, (REDRIVE, redrive))
@@ -334,10 +340,17 @@ class Ownership:
                 tail *= 4  # a long tail without a word of ours is read a third more than once
                 for record in await self.kafka.read([tp], since={tp: since}):
                     header = record.header(SOURCE) or b""
-                    if header.startswith(source):
+                    if header.startswith(source) and self._is_ours(record):
                         found = max(found, int(header[len(source) :]))
             newest = max(newest, found)
         return newest + 1
+
+    def _is_ours(self, record: Incoming) -> bool:
+        """Whether this stage made it; of dead letters of one record another that reads the topic may have."""
+        if record.topic != "dead_letters":
+            return True
+        letter = codec.decode_state(record, DeadLetter)
+        return letter is not None and letter.stage == self.stage
 
 
 def _camera_of(record: Incoming) -> str:

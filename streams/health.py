@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -120,12 +121,14 @@ def stage_of(name: str, positions: Sequence[Position] | None, reports: Sequence[
 def workers(data_dir: Path) -> list[Report]:
     """What the live workers on this data directory say of themselves."""
     reports: list[Report] = []
+    here = socket.gethostname()
     for path in sorted((data_dir / "status").glob("*.json")):
         report = read_report(path)
+        # Containers share a data directory, but no process ids.
         # A report from the future is older than a clock that was set back: whoever is at work writes another at once.
         if (
             report is not None
-            and psutil.pid_exists(report["pid"])
+            and (report.get("host", here) != here or psutil.pid_exists(report["pid"]))
             and abs(time.time() - report["written_at"]) < FRESH_S
         ):
             reports.append(report)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -55,7 +56,7 @@ class PartitionLife:
 
     @property
     def waiting_on(self) -> str | None:
-        """settings, llm, store, images, disk, broker or group; None while nothing is waited for."""
+        """settings, llm, live (work that comes first), store, images, disk, broker or group; None: nothing."""
         return self._waiting_on
 
     @waiting_on.setter
@@ -168,6 +169,7 @@ class Liveness:
         return {
             "stage": self.stage,
             "pid": os.getpid(),
+            "host": socket.gethostname(),
             "written_at": time.time(),
             "generation": self.generation,
             "metrics": self.metrics,

@@ -18,6 +18,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from schemas import ids
 from schemas.records import DeadLetter
 from streams import codec
 from streams.delivery import Ownership
@@ -26,7 +27,10 @@ from streams.messages import Emit
 
 log = structlog.get_logger(__name__)
 
-WAITS = ("backlog", "broker", "camera", "detector", "disk", "folder", "group", "images", "llm", "settings", "store")
+WAITS = (
+    *("backlog", "broker", "camera", "detector", "disk", "folder", "group", "images", "live", "llm", "settings"),
+    "store",
+)
 """What a stage can say that it waits on."""
 
 WORK_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -188,14 +192,12 @@ class StageMetrics:
         # Rare, so decoding it costs nothing that counts; a header of its own would be on the log for ever.
         letter = codec.decode_bytes(emit.topic, emit.value, None, DeadLetter)
         self.dead_letters.add(letter.kind)
-        topic, _, partition, offset = letter.origin.rsplit(":", 3)
+        place = ids.place(letter.origin)  # what a shadow failed in is named by its unit
         log.warning(
             "dead letter",
             origin=letter.origin,
             camera=letter.camera_id,
-            topic=topic,
-            partition=partition,
-            offset=offset,
+            **({} if place is None else {"topic": place.topic, "partition": place.partition, "offset": place.offset}),
             kind=letter.kind,
             error=letter.error,
             why=letter.message,
@@ -296,6 +298,23 @@ class StageCollector(Collector):
         own = getattr(self._stage, "metrics", None)
         if own is not None:
             yield from own.collect()
+
+
+class Together(Collector):
+    """What several stages in one process tell: families of one name are one family."""
+
+    def __init__(self) -> None:
+        self.collectors: list[Collector] = []
+
+    def collect(self) -> Iterator[Metric]:
+        """What is scraped."""
+        families: dict[str, Metric] = {}
+        for collector in self.collectors:
+            for family in collector.collect():
+                first = families.setdefault(family.name, family)
+                if first is not family:
+                    first.samples.extend(family.samples)
+        yield from families.values()
 
 
 def unfetched(consumer: AIOKafkaConsumer | None) -> dict[TopicPartition, int]:

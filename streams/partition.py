@@ -151,7 +151,7 @@ class PartitionWorker:
         self.stage = stage
         self.metrics = metrics or StageMetrics(stage)
         self.ownership = ownership
-        self.redrives = Redrives(ownership)
+        self.redrives = Redrives(ownership, theirs=ownership.tp.topic in getattr(stage, "beside", ()))
         self.buffer = Buffer()
         self.life = life
         self.still_ours = still_ours
@@ -345,7 +345,7 @@ class _Hands:
 
     def _call(self) -> None:
         """One task more, unless one is on its way, or there are enough."""
-        if self._more and not self._called and len(self._tasks) < self._stage.concurrency:
+        if self._more and not self._called and len(self._tasks) < self._worker.slots.slots:
             self._called = True
             self._tasks.add(asyncio.create_task(self._work()))
 

@@ -140,8 +140,10 @@ class Prompts:
         await self.table.append(version.to_record(int(self._clock() * 1000), comment), only_new=True)
         return True
 
-    async def point(self, scope: str, digest: str, comment: str) -> bool:
+    async def point(self, scope: str, digest: str, comment: str, *, evidence: str = "") -> bool:
         """Move a scope's pointer; an empty digest takes a camera's own back. Whether it pointed elsewhere.
+
+        `evidence`: the id of the replay or shadow that it is moved on the strength of.
 
         Raises:
             FencedError, UncertainError: as `ControlTable.append`.
@@ -161,6 +163,7 @@ class Prompts:
                 parameters="",
                 comment=comment,
                 created_at=int(self._clock() * 1000),
+                evidence=evidence,
             )
         )
         return True

@@ -53,8 +53,10 @@ class Redrives:
     always a repetition: the status names the record that it is due to, and that one is processed again, alone.
     """
 
-    def __init__(self, ownership: Ownership) -> None:
+    def __init__(self, ownership: Ownership, *, theirs: bool = False) -> None:
+        """Know nothing yet; `theirs`: the topic is another stage's, and so is whatever is redriven there."""
         self._ownership = ownership
+        self._theirs = theirs
         self._known: dict[str, DeadLetterStatus] | None = None
         self._reading = asyncio.Lock()
 
@@ -69,6 +71,8 @@ class Redrives:
             KafkaError, TimeoutError or OSError: it cannot be read now.
             UnknownSchemaError: a newer version wrote there, and may have resolved it.
         """
+        if self._theirs:
+            return True
         async with self._reading:
             if self._known is None:
                 known: dict[str, DeadLetterStatus] = {}
@@ -88,6 +92,8 @@ class Redrives:
         origin = record.redriven
         if origin is None:
             return results
+        if self._theirs:
+            return []
         assert self._known is not None, "`is_done` was asked before"
         if self._is_done(record):  # by one before it, since it was begun
             log.info("redrive", origin=origin, record=record.origin, status="done before")

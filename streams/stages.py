@@ -17,12 +17,18 @@ from streams.messages import Emit, Incoming
 
 @runtime_checkable
 class MapStage(Protocol):
-    """One record in, its results out."""
+    """One record in, its results out.
+
+    One that reads several topics may have `at_once(topic)`, which divides `concurrency` among them, so that what is
+    slow on one topic holds up nothing on another; and `beside`, those of its inputs that belong to another stage: what
+    is redriven there is that stage's affair alone.
+    """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    """Topics whose tail tells the position when the group's offsets were forgotten."""
+    """What it may append to, besides `dead_letters`. Their tails tell the position when the group's offsets were
+    forgotten."""
 
     @property
     def concurrency(self) -> int:

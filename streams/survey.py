@@ -32,6 +32,7 @@ READS: dict[str, tuple[str, ...]] = {
     "enrich": ("batches",),
     "analyze": ("contexts",),
     "sink": STORED,
+    "replay": ("replay_units", "contexts"),
 }
 """What each stage reads, without building it: that would load its model."""
 

@@ -17,9 +17,14 @@ class Turns:
         self._held = 0
         self._waiting: OrderedDict[Hashable, deque[asyncio.Future[None]]] = OrderedDict()
 
+    @property
+    def slots(self) -> int:
+        """How many there are now."""
+        return self._slots()
+
     def locked(self) -> bool:
         """Whether a slot would have to be waited for."""
-        return self._held >= self._slots()
+        return self._held >= self.slots
 
     async def acquire(self, who: Hashable) -> None:
         """Wait for a slot in `who`'s queue."""

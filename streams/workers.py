@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -110,7 +111,9 @@ class Workers:
         self._brought: dict[TopicPartition, int] = {}
         self._fed: dict[TopicPartition, int] = {}
         # Range stages do one insert a partition at a time; the store takes a few at once.
-        self._slots = Turns(lambda: getattr(stage, "concurrency", 8))
+        slots = Turns(lambda: getattr(stage, "concurrency", 8))
+        at_once = getattr(stage, "at_once", None)
+        self._slots = {t: slots if at_once is None else Turns(partial(at_once, t)) for t in stage.inputs}
 
     def epoch(self, topic: str) -> str:
         """The epoch of the topic's life that is read."""
@@ -272,7 +275,7 @@ class Workers:
             self._hold(tp),
             self.liveness.partition(_name(tp), getattr(self.stage, "patience_s", STALL_S)),
             still_ours=lambda: self._reader.still_ours(tp),
-            slots=self._slots,
+            slots=self._slots[tp.topic],
             metrics=self.metrics,
         )
         task = asyncio.create_task(worker.run(), name=f"{self.stage.name} {_name(tp)}")
@@ -294,6 +297,7 @@ class Workers:
             life=life,
             alive=alive,
             outputs=self.stage.outputs if isinstance(self.stage, MapStage) else (),
+            several=len(self.stage.inputs) > 1,
             metrics=self.metrics,
         )
 

@@ -20,7 +20,7 @@ import typer
 _PATIENCE_S = 0.25
 _EVENTS = 50
 
-STAGES = ("ingest", "gateway", "detect", "batch", "enrich", "analyze", "sink", "telemetry")
+STAGES = ("ingest", "gateway", "detect", "batch", "enrich", "analyze", "sink", "telemetry", "replay")
 """`infra.topology.PROCESSES`, whose import takes longer than a completion may; a test holds them together."""
 TABLES = (
     *("frames", "detections", "batches", "contexts", "risk_events", "labels", "alerts", "prompts", "cameras"),
@@ -72,6 +72,25 @@ def prompts(ctx: typer.Context, incomplete: str) -> Completions:
     if incomplete:
         known |= {row["digest"][:12]: row["name"] for row in rows}
     yield from ((name, what) for name, what in known.items() if name.startswith(incomplete))
+
+
+def replays(ctx: typer.Context, incomplete: str) -> Completions:
+    """Names of replays that begin so."""
+    query = "SELECT name, argMax(state, (updated_at, offset)) AS state FROM replays GROUP BY name ORDER BY name"
+    for row in _ask(ctx, query):
+        if row["name"].startswith(incomplete):
+            yield row["name"], row["state"]
+
+
+def shadows(ctx: typer.Context, incomplete: str) -> Completions:
+    """Names of shadows that run and begin so."""
+    query = (
+        "SELECT name, argMax(state, (updated_at, offset)) AS state FROM replays "
+        "WHERE JSONExtractString(plan, 'kind') = 'shadow' GROUP BY name HAVING state = 'running' ORDER BY name"
+    )
+    for row in _ask(ctx, query):
+        if row["name"].startswith(incomplete):
+            yield row["name"], row["state"]
 
 
 def stages(incomplete: str) -> list[str]:

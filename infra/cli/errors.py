@@ -55,7 +55,9 @@ def _say(settings: "Settings", error: Exception) -> None:
         case SettingsError() | ModelError() | TopicsError() | MigrationError():
             fail(str(error), USAGE)
         case UnavailableError():
-            fail(f"{error}{topology.fixes(settings)['clickhouse'] if error.waiting_on == 'store' else ''}", AWAY)
+            fixes = topology.fixes(settings)
+            fix = {"store": fixes["clickhouse"], "broker": f"; {fixes['broker']}"}.get(error.waiting_on, "")
+            fail(f"{error}{fix}", AWAY)
         case StartError() | ProcessFailedError():
             fail(str(error), AWAY)
         case KafkaError() | TimeoutError() | FencedError() | UncertainError():

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from infra.cli import complete
+from infra.cli import complete, replay_history
 from infra.cli.errors import run
 from infra.cli.help import LOOK, examples
 from infra.cli.output import (
@@ -127,7 +127,7 @@ def show(ctx: typer.Context, event: _ID, as_json: JsonFlag = False) -> None:
         from processors.store.queries import Queries
 
         async with aclosing(Queries(settings.clickhouse)) as store:
-            return await _find(store, event)
+            return await find(store, event)
 
     found = run(settings, main)
     if as_json:
@@ -152,21 +152,26 @@ def explain(
     """
     settings: Settings = ctx.obj
 
-    async def main() -> "Lineage":
+    async def main() -> "tuple[Lineage, list[Row]]":
         from processors.store.queries import Queries
 
         async with aclosing(Queries(settings.clickhouse)) as store:
-            return await store.made_from(await _find(store, event))
+            lineage = await store.made_from(await find(store, event))
+            said = await replay_history.verdicts(store, lineage.event["camera_id"], lineage.event["batch_id"])
+            return lineage, [row for row in said if row["run"] != lineage.event["run"]]
 
-    lineage = run(settings, main)
+    lineage, again = run(settings, main)
     if as_json:
-        print_json(as_plain(lineage))
+        print_json(as_plain(lineage) | {"judged_again": again})
     else:
         zone = lineage.context["time_zone"] if lineage.context is not None else settings.time_zone
-        console().print(tree(lineage, zone, prompt=prompt), soft_wrap=True)
+        root = tree(lineage, zone, prompt=prompt)
+        if again:
+            root.add(_line("judged again", "; ".join(map(replay_history.in_short, again))))
+        console().print(root, soft_wrap=True)
 
 
-async def _find(store: "Queries", text: str) -> "Row":
+async def find(store: "Queries", text: str) -> "Row":
     """The event of that id or beginning; says what is near where there is none, or several."""
     found = await store.events_like(text, limit=6)
     exact = [event for event in found if event["event_id"] == text]

@@ -1,25 +1,40 @@
 """`rewatch migrate`: topics and tables as this version has them."""
 
-from typing import TYPE_CHECKING, Any
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from infra.cli.errors import run
 from infra.cli.help import MAINTENANCE, examples
-from infra.cli.output import JsonFlag, print_json
+from infra.cli.output import JsonFlag, print_json, printable
 
 if TYPE_CHECKING:
     from infra.config import Settings
+
+# A broker takes seconds to start, and a minute after a power cut.
+_PAUSE_S = 2.0
 
 
 def register(root: typer.Typer) -> None:
     """Add this command to the root."""
     root.command(
-        rich_help_panel=MAINTENANCE, epilog=examples("rewatch migrate", "rewatch --config site.yaml migrate --json")
+        rich_help_panel=MAINTENANCE,
+        epilog=examples(
+            "rewatch migrate",
+            "rewatch migrate --wait  # as a job beside services that still start",
+            "rewatch --config site.yaml migrate --json",
+        ),
     )(migrate)
 
 
-def migrate(ctx: typer.Context, as_json: JsonFlag = False) -> None:
+def migrate(
+    ctx: typer.Context,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="First wait, without limit, until the broker and ClickHouse answer.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Bring topics and ClickHouse's tables to this version.
 
     It makes what is missing, and is safe to repeat. `rewatch up` does it too.
@@ -27,15 +42,35 @@ def migrate(ctx: typer.Context, as_json: JsonFlag = False) -> None:
     settings: Settings = ctx.obj
 
     async def main() -> dict[str, Any]:
+        from aiokafka.errors import KafkaError
+
+        from streams.errors import UnavailableError
+
+        said = ""
+        while True:
+            try:
+                return await once()
+            except (KafkaError, UnavailableError, OSError) as error:
+                if not wait:
+                    raise
+                if str(error) != said:  # once is enough
+                    said = str(error)
+                    typer.echo(f"waiting: {printable(said)}", err=True)
+                await asyncio.sleep(_PAUSE_S)
+
+    async def once() -> dict[str, Any]:
         from processors.sink.store import ClickHouseStore
+        from schemas import prompts
         from streams.admin import ensure_topics
         from streams.kafka import Kafka
+        from streams.prompts import Prompts
 
         kafka = Kafka(settings.kafka)
         # Not from `meta`: a topic that the broker lost is made again under a name that stands there.
         async with kafka.admin() as admin:
             before = set(await admin.list_topics())
         metas = await ensure_topics(kafka)
+        await Prompts(kafka).register(prompts.default(), "the version that comes with the product")
         store = ClickHouseStore(settings.clickhouse)
         try:
             applied = await store.migrate()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from infra.prompts import Shown, Tried
     from infra.recorded import Recorded
     from schemas.prompts import PromptVersion
+    from schemas.records import PromptRecord, Replay
     from streams.prompts import Prompts
 
 app = prompt.app
@@ -62,21 +63,30 @@ def ls(
 
     settings: Settings = ctx.obj
 
-    async def main() -> "Prompts":
-        return await _load(settings)
+    async def main() -> "tuple[Prompts, dict[str, Replay]]":
+        return await load_prompts(settings), await load_replays(settings)
 
-    found = run(settings, main)
+    found, replays = run(settings, main)
     names = {digest: known.version.name for digest, known in found.versions().items()}
     if history:
         moves = [move for scope in found.scopes() for move in found.history(scope)]
         moves.sort(key=lambda move: -move.created_at)
         if as_json:
             print_json(
-                [{"scope": m.scope, "digest": m.digest, "at": m.created_at, "comment": m.comment} for m in moves]
+                [
+                    {
+                        "scope": m.scope,
+                        "digest": m.digest,
+                        "at": m.created_at,
+                        "comment": m.comment,
+                        "evidence": m.evidence or None,
+                    }
+                    for m in moves
+                ]
             )
         else:
             print_table(
-                ("for", "version", "digest", "at", "comment"),
+                ("for", "version", "digest", "at", "comment", "evidence"),
                 [
                     (
                         _cameras_of(m.scope),
@@ -84,6 +94,7 @@ def ls(
                         m.digest[:_DIGEST],
                         when(m.created_at, settings.time_zone),
                         m.comment,
+                        _evidence(m, replays),
                     )
                     for m in moves
                 ],
@@ -102,7 +113,13 @@ def ls(
                     "on_log": known.created_at is not None,
                     "comment": known.comment,
                     "active": [
-                        {"scope": p.scope, "since": p.created_at, "comment": p.comment} for p in active.get(digest, [])
+                        {
+                            "scope": p.scope,
+                            "since": p.created_at,
+                            "comment": p.comment,
+                            "evidence": p.evidence or None,
+                        }
+                        for p in active.get(digest, [])
                     ],
                 }
                 for digest, known in found.versions().items()
@@ -116,13 +133,14 @@ def ls(
             _cameras_of(pointer.scope) if pointer else None,
             when(pointer.created_at, settings.time_zone) if pointer else None,
             pointer.comment if pointer else None,
+            _evidence(pointer, replays) if pointer else None,
             "not on the log" if known.created_at is None else when(known.created_at, settings.time_zone),
             known.comment,
         )
         for digest, known in found.versions().items()
         for pointer in active.get(digest) or [None]
     ]
-    print_table(("version", "digest", "in force for", "since", "why", "made at", "comment"), rows)
+    print_table(("version", "digest", "in force for", "since", "why", "evidence", "made at", "comment"), rows)
     for digest in active.keys() - found.versions().keys():
         scopes = ", ".join(_cameras_of(pointer.scope) for pointer in active[digest])
         fixes = ", ".join(f"`{undo(pointer.scope)}`" for pointer in active[digest])
@@ -160,25 +178,27 @@ def show(  # noqa: PLR0917 (typer makes options of parameters)
         fail("--camera, --event and --batch choose one window: name one of them", USAGE)
     chat = rendered or camera is not None or event is not None or batch is not None
 
-    async def main() -> "tuple[PromptVersion, Shown | None]":
+    async def main() -> "tuple[PromptVersion, Shown | None, list[PromptRecord], dict[str, Replay]]":
         from infra import prompts
 
-        found = _find(await _load(settings), version)
+        known = await load_prompts(settings)
+        found = find_version(known, version)
         if not chat:
-            return found, None
+            pointers = [pointer for pointer in known.active().values() if pointer.digest == found.digest]
+            return found, None, pointers, await load_replays(settings)
         if rendered and camera is None and event is None and batch is None:
             window = prompts.canary()
         else:
             window = await _window(settings, camera=camera, event=event, batch=batch)
         try:
             async with prompts.servers(settings) as llms:
-                return found, await prompts.shown(settings, llms, window.context, found)
+                return found, await prompts.shown(settings, llms, window.context, found), [], {}
         except (PromptError, ValueError) as error:
             fail(str(error), NO)
 
-    found, shown = run(settings, main)
+    found, shown, pointers, replays = run(settings, main)
     if shown is None:
-        _print_version(found, as_json=as_json)
+        _print_version(found, pointers, replays, as_json=as_json)
     else:
         _print_chat(found, shown, as_json=as_json)
 
@@ -217,7 +237,7 @@ def new(  # noqa: PLR0917
 
     settings: Settings = ctx.obj
     called = name if name is not None else folder.resolve().name
-    _check_name(called)
+    check_name(called)
     there = folder.is_dir() and any(folder.iterdir())
     if not there and base is None:
         fail(
@@ -226,8 +246,8 @@ def new(  # noqa: PLR0917
         )
 
     async def main() -> "tuple[PromptVersion, bool | None]":
-        known = await _load(settings)
-        before = _find(known, base or "default")
+        known = await load_prompts(settings)
+        before = find_version(known, base or "default")
         if not there:
             prompts.write(before.to_files(), folder)
             return before, None
@@ -243,7 +263,7 @@ def new(  # noqa: PLR0917
     elif as_json:
         print_json({"folder": str(folder), "from": made.digest})
     else:
-        typer.echo(f"{folder} has the files of {_short(made)}: edit them, then `rewatch prompt new {folder}`")
+        typer.echo(f"{folder} has the files of {short(made)}: edit them, then `rewatch prompt new {folder}`")
 
 
 @app.command(
@@ -276,11 +296,11 @@ def edit(  # noqa: PLR0917
     if not files:
         fail(f"--part {part}: there are {', '.join(file.partition('.')[0] for file in FILES)}", USAGE)
     if name is not None:
-        _check_name(name)
+        check_name(name)
 
     async def read() -> "tuple[Prompts, PromptVersion]":
-        known = await _load(settings)
-        return known, _find(known, version)
+        known = await load_prompts(settings)
+        return known, find_version(known, version)
 
     _, before = run(settings, read)
     folder = Path(tempfile.mkdtemp(prefix="rewatch-prompt-"))
@@ -292,7 +312,7 @@ def edit(  # noqa: PLR0917
         texts = prompts.texts_in(folder, before)
         if texts == before.to_files():
             _remove(folder)
-            fail(f"nothing was changed: {_short(before)} stays as it is, and no version was made", NO)
+            fail(f"nothing was changed: {short(before)} stays as it is, and no version was made", NO)
         made = before.from_texts(texts, called)
     except (PromptError, OSError) as error:
         fail(
@@ -302,7 +322,7 @@ def edit(  # noqa: PLR0917
         )
 
     async def add() -> bool:
-        known = await _load(settings)
+        known = await load_prompts(settings)
         return await known.add(made, comment)
 
     try:
@@ -327,8 +347,8 @@ def diff(ctx: typer.Context, old: _Version, new_: _Version, as_json: JsonFlag = 
     settings: Settings = ctx.obj
 
     async def main() -> "tuple[PromptVersion, PromptVersion]":
-        known = await _load(settings)
-        return _find(known, old), _find(known, new_)
+        known = await load_prompts(settings)
+        return find_version(known, old), find_version(known, new_)
 
     before, after = run(settings, main)
     parts = _differences(before, after)
@@ -336,7 +356,7 @@ def diff(ctx: typer.Context, old: _Version, new_: _Version, as_json: JsonFlag = 
         print_json({"old": before.digest, "new": after.digest, "parts": parts})
         return
     out = console()
-    out.print(f"old {_short(before)}\nnew {_short(after)}", markup=False, soft_wrap=True)
+    out.print(f"old {short(before)}\nnew {short(after)}", markup=False, soft_wrap=True)
     if not parts:
         out.print("they say the same")
     for lines in parts.values():
@@ -375,7 +395,7 @@ def judge_windows(
     async def main() -> "list[Tried]":
         from infra import prompts
 
-        found = _find(await _load(settings), version)
+        found = find_version(await load_prompts(settings), version)
         recorded = await _windows(settings, camera=camera, limit=windows)
         if not recorded:
             recorded = [prompts.canary()]
@@ -400,48 +420,70 @@ def judge_windows(
     epilog=examples(
         "rewatch prompt promote deliveries-strict-nights",
         'rewatch prompt promote 3fa9c1 --camera front-door --comment "fewer alarms at the door"',
+        "rewatch prompt promote 3fa9c1 --evidence calmer    # this replay, not the newest",
     ),
 )
-def promote(
+def promote(  # noqa: PLR0917
     ctx: typer.Context,
     version: _Version,
     camera: _Camera = None,
     comment: _Comment = "",
+    evidence: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPLAY",
+            help="The replay or shadow that speaks for it; without it the newest that judged with the version.",
+            autocompletion=complete.replays,
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Put a version in force from the next window on, for all cameras or for one.
 
     A camera's own version stays in force when another is promoted for all. A version that cannot be rendered, or
-    whose fixed part leaves no room in the context, is refused.
+    whose fixed part leaves no room in the context, is refused. The replay or shadow that it is promoted on the strength
+    of is kept with the move; where none has judged with it yet, that is said, and it is promoted all the same.
     """
     from streams.prompts import rollback as undo
 
     settings: Settings = ctx.obj
     scope = _scope_of(camera)
 
-    async def main() -> "tuple[PromptVersion, bool]":
+    async def main() -> "tuple[PromptVersion, Replay | None, bool]":
         from infra import prompts
         from schemas.prompts import PromptError
 
-        known = await _load(settings)
-        found = _find(known, version)
+        known = await load_prompts(settings)
+        found = find_version(known, version)
+        strength = _strength(await load_replays(settings), found, evidence)
         if camera is not None:
-            await _check_camera(settings, camera)
+            await check_camera(settings, camera)
         try:
             async with prompts.servers(settings) as llms:
                 await prompts.check(settings, llms, found)
         except PromptError as error:
             fail(f"not promoted: {error}", NO)
         await known.add(found, comment)
-        return found, await known.point(scope, found.digest, comment)
+        named = strength.replay_id if strength is not None else ""
+        return found, strength, await known.point(scope, found.digest, comment, evidence=named)
 
-    found, moved = run(settings, main, doing="checking ...")
+    found, strength, moved = run(settings, main, doing="checking ...")
+    if moved and strength is None:
+        typer.echo(
+            f"no replay or shadow has judged with {short(found)} yet: nothing shows what it changes; next time "
+            f"`rewatch replay run --prompt {found.digest[:_DIGEST]}` first",
+            err=True,
+        )
     if as_json:
-        print_json({"digest": found.digest, "name": found.name, "scope": scope, "changed": moved})
+        named = {"replay_id": strength.replay_id, "name": strength.name} if strength is not None else None
+        print_json({"digest": found.digest, "name": found.name, "scope": scope, "changed": moved, "evidence": named})
     elif moved:
-        typer.echo(f"{_short(found)} judges {_cameras_of(scope)} from the next window on; `{undo(scope)}` undoes it")
+        why = f" on the strength of {printable(_called(strength))}" if strength is not None else ""
+        typer.echo(
+            f"{short(found)} judges {_cameras_of(scope)} from the next window on{why}; `{undo(scope)}` undoes it"
+        )
     else:
-        typer.echo(f"{_short(found)} judges {_cameras_of(scope)} already; nothing was changed")
+        typer.echo(f"{short(found)} judges {_cameras_of(scope)} already; nothing was changed")
 
 
 @app.command(
@@ -465,7 +507,7 @@ def rollback(
     scope = _scope_of(camera)
 
     async def main() -> "tuple[Prompts, str, str]":
-        known = await _load(settings)
+        known = await load_prompts(settings)
         now, before = known.pointer(scope), known.before(scope)
         if before is None:
             which = f"camera {camera} has no version of its own" if camera else "no other version was in force before"
@@ -480,7 +522,7 @@ def rollback(
     if as_json:
         print_json({"scope": scope, "from": was, "to": now})
         return
-    names = {digest: _short(found.version) for digest, found in known.versions().items()} | {
+    names = {digest: short(found.version) for digest, found in known.versions().items()} | {
         "": "the version of all cameras"
     }
     typer.echo(
@@ -499,7 +541,8 @@ def _scope_of(camera: str | None) -> str:
     return camera or "default"
 
 
-async def _load(settings: "Settings") -> "Prompts":
+async def load_prompts(settings: "Settings") -> "Prompts":
+    """Versions and pointers, as they are on the log."""
     from streams.kafka import Kafka
     from streams.prompts import Prompts
 
@@ -508,7 +551,55 @@ async def _load(settings: "Settings") -> "Prompts":
     return found
 
 
-def _find(known: "Prompts", text: str) -> "PromptVersion":
+async def load_replays(settings: "Settings") -> "dict[str, Replay]":
+    """The newest record of each replay and shadow, by id."""
+    from schemas.records import Replay
+    from streams.control import ControlTable
+    from streams.kafka import Kafka
+
+    table = ControlTable(Kafka(settings.kafka), "replays", Replay)
+    await table.load()
+    return table.all()
+
+
+def _strength(replays: "dict[str, Replay]", version: "PromptVersion", asked: str | None) -> "Replay | None":
+    """What speaks for the version: what was asked for, else the newest replay or shadow that judged with it."""
+    from processors.replay.evidence import tried
+
+    fit = tried(replays.values(), version.digest)
+    if asked is None:
+        return fit[0] if fit else None
+
+    from infra.replays import UnknownReplayError, choose
+
+    try:
+        chosen = choose(asked, [(one.replay_id, one.name, one.updated_at) for one in replays.values()])
+    except UnknownReplayError as error:
+        fail(f"--evidence: {error}", NO)
+    if chosen not in {one.replay_id for one in fit}:
+        others = ", ".join(_called(one) for one in fit[:5]) or "none has yet"
+        fail(
+            f"--evidence {asked}: it did not judge with {short(version)}, or is not done; these did: {others}. "
+            "Nothing was promoted",
+            NO,
+        )
+    return replays[chosen]
+
+
+def _called(replay: "Replay") -> str:
+    return f"{replay.name} ({replay.replay_id})"
+
+
+def _evidence(pointer: "PromptRecord", replays: "dict[str, Replay]") -> str | None:
+    """What a pointer was moved on the strength of, as people read it; None where nothing was named."""
+    if not pointer.evidence:
+        return None
+    replay = replays.get(pointer.evidence)
+    return printable(_called(replay) if replay is not None else pointer.evidence)
+
+
+def find_version(known: "Prompts", text: str) -> "PromptVersion":
+    """The version that the text means; ends the command where there is none."""
     from streams.prompts import UnknownVersionError
 
     try:
@@ -517,7 +608,8 @@ def _find(known: "Prompts", text: str) -> "PromptVersion":
         fail(f"{error}; `rewatch prompt ls` lists them", NO)
 
 
-async def _check_camera(settings: "Settings", camera: str) -> None:
+async def check_camera(settings: "Settings", camera: str) -> None:
+    """End the command where the camera is not known."""
     from schemas.records import Camera
     from streams.control import ControlTable
     from streams.kafka import Kafka
@@ -561,7 +653,8 @@ async def _window(settings: "Settings", *, camera: str | None, event: str | None
     return (exact or found)[0]
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """End the command where the name is not one that commands can take."""
     if not _NAME.fullmatch(name) or name == "active":
         fail(f"--name {name!r}: letters, digits, -, _ and ., at most 64, and not `active`", USAGE)
 
@@ -606,7 +699,8 @@ def _style(line: str) -> str:
     return {"-": "red", "+": "green", "@": "cyan"}.get(line[:1], "")
 
 
-def _short(version: "PromptVersion") -> str:
+def short(version: "PromptVersion") -> str:
+    """A version as people are told of it."""
     return printable(f"{version.name or 'a version without a name'} ({version.digest[:_DIGEST]})")
 
 
@@ -618,18 +712,25 @@ def _say_made(made: "PromptVersion", *, added: bool, as_json: bool) -> None:
     if as_json:
         print_json({"digest": made.digest, "name": made.name, "added": added})
         return
-    short = made.digest[:_DIGEST]
-    typer.echo(f"{_short(made)} {'is made' if added else 'was there already: a version is named by what it says'}")
-    typer.echo(f"try it: rewatch prompt test {short}     put it in force: rewatch prompt promote {short}")
+    digest = made.digest[:_DIGEST]
+    typer.echo(f"{short(made)} {'is made' if added else 'was there already: a version is named by what it says'}")
+    typer.echo(f"try it: rewatch prompt test {digest}     put it in force: rewatch prompt promote {digest}")
 
 
-def _print_version(found: "PromptVersion", *, as_json: bool) -> None:
+def _print_version(
+    found: "PromptVersion", pointers: "list[PromptRecord]", replays: "dict[str, Replay]", *, as_json: bool
+) -> None:
     files = found.to_files()
     if as_json:
-        print_json({"digest": found.digest, "name": found.name, "files": files})
+        active = [{"scope": one.scope, "since": one.created_at, "evidence": one.evidence or None} for one in pointers]
+        print_json({"digest": found.digest, "name": found.name, "files": files, "active": active})
         return
     out = console()
     out.print(Text(f"{printable(found.name)} {found.digest}", style="bold"), soft_wrap=True)
+    for one in pointers:
+        strength = _evidence(one, replays)
+        why = f", on the strength of {strength}" if strength else ""
+        out.print(f"in force for {printable(_cameras_of(one.scope))}{why}", markup=False, soft_wrap=True)
     for file, text in files.items():
         out.print(Text(f"\n{file}", style="bold cyan"))
         out.print(Text("\n".join(map(printable, text.rstrip("\n").split("\n")))), soft_wrap=True)

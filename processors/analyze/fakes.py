@@ -36,8 +36,9 @@ class FakeLlm:
         """A server of one invented model."""
         return Server("fake", "f" * 64, self._context_size, self.slots, "fake-1")
 
-    async def count_tokens(self, messages: Sequence[Message]) -> int:
+    async def count_tokens(self, messages: Sequence[Message], parameters: Mapping[str, Any]) -> int:
         """So many tokens a byte."""
+        del parameters
         return int(token_bound(messages) * self._tokens_per_byte)
 
     async def complete(

@@ -27,6 +27,10 @@ class ClosedError(Exception):
     """Every place that the call could use has closed."""
 
 
+class BusyError(Exception):
+    """No slot came in the time that the call had for it."""
+
+
 class Held(NamedTuple):
     """What a call got."""
 
@@ -111,6 +115,7 @@ class Gate:
         priority: Priority = Priority.LIVE,
         alone: bool = False,
         prefix: Hashable = None,
+        patience_s: float | None = None,
     ) -> T:
         """Do the work with a slot in hand, in a task of its own, and give what it gives.
 
@@ -123,9 +128,11 @@ class Gate:
             priority: Whose work it is.
             alone: Hold every slot of the place.
             prefix: Names what its prompt begins with. Of equally busy places one that worked on it last is taken.
+            patience_s: How long to wait for a slot, each time it needs one; None: without limit.
 
         Raises:
             ClosedError: every one of the places is closed, or closed while it waited. Nothing was done.
+            BusyError: it waited for so long. Nothing is left of what was done before it gave way.
         """
         began = self._clock()
         self._tickets += 1
@@ -133,7 +140,11 @@ class Gate:
         while True:
             turn = asyncio.get_running_loop().create_future()
             call = _Call(priority, ticket, frozenset(among), alone, prefix, turn)
-            await self._enter(call)
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self._enter(call)
+            except TimeoutError as error:
+                raise BusyError(f"no slot for {patience_s:g} s") from error
             try:
                 if not call.gives_way:  # else between its turn and now a live call came
                     held = Held(call.place, (self._clock() - began) * 1000)

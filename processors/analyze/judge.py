@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -28,8 +28,8 @@ from processors.analyze import answers, core
 from processors.analyze.answers import UnusableError, Verdict
 from processors.analyze.core import Answered, Rendered
 from processors.analyze.endpoints import Endpoint, Endpoints
-from processors.analyze.fitting import budget, fit
-from processors.analyze.gate import ClosedError, Held, Priority
+from processors.analyze.fitting import Count, budget, fit
+from processors.analyze.gate import BusyError, ClosedError, Held, Priority
 from processors.analyze.metrics import AnalyzeMetrics
 from processors.analyze.port import AttemptError, Completion, Llm
 from processors.analyze.settings import SLOTS, LlmSettings
@@ -103,6 +103,16 @@ CANARY = Context(
 """A stored window that any working analyst can judge: somebody passes a front door at noon."""
 
 
+def parameters_of(settings: LlmSettings, prompt: PromptVersion) -> dict[str, Any]:
+    """What a request is sent with besides its chat: by these, among others, a verdict's digest names what judged it."""
+    return {
+        "seed": settings.seed,
+        "max_tokens": settings.max_completion_tokens,
+        **({} if settings.prompt_cache else {"cache_prompt": False}),
+        **prompt.sampling,
+    }
+
+
 class Failure(NamedTuple):
     """One attempt that gave nothing usable."""
 
@@ -166,6 +176,12 @@ class Judge:
         self.gate = self._endpoints.gate
         self.metrics = AnalyzeMetrics(self._endpoints)
         self._cases: OrderedDict[tuple[str, str], _Case] = OrderedDict()
+        self._holders = 1
+
+    def share(self) -> "Judge":
+        """For one more who uses it and closes it: the last one's `close` lets go of the servers."""
+        self._holders += 1
+        return self
 
     async def judge(
         self,
@@ -175,15 +191,17 @@ class Judge:
         key: str,
         run: str = ids.LIVE,
         priority: Priority = Priority.LIVE,
+        patience_s: float | None = None,
     ) -> RiskEvent:
         """The window's event. `key` names the item across calls: what was tried in vain is counted under it.
 
         Of priority `REPLAY`, an attempt may be cancelled for live work: it begins anew when there is a slot, with its
-        whole deadline, and that is held against nobody.
+        whole deadline, and that is held against nobody. `patience_s`: how long to wait for a slot before saying so.
 
         Raises:
             UnprocessableError: it was given its chances while the server was well; `detail` says what is known.
-            UnavailableError: the server is away, or does not even judge the canary: with several servers, all of them.
+            UnavailableError: the server is away, or does not even judge the canary: with several servers, all of them;
+                or work that comes first (`live`) has had every slot for `patience_s`.
         """
         try:
             core.variables(context)
@@ -206,9 +224,12 @@ class Judge:
                     priority=priority,
                     alone=bool(case.blamed),
                     prefix=prompt.digest,
+                    patience_s=patience_s,
                 )
             except ClosedError:
                 continue
+            except BusyError as error:
+                raise UnavailableError("live", f"windows that come first have every slot: {error}") from error
             except UnavailableError:
                 if not self._endpoints.well(prompt):
                     raise
@@ -238,9 +259,31 @@ class Judge:
                     run=run,
                 )
 
+    async def blames(self, prompt: PromptVersion, other: PromptVersion) -> str | None:
+        """Why a version is at fault, and not the servers, when they do not judge with it; None where that is not shown.
+
+        It is blamed as an item is: where servers that answer have failed its canary `ATTEMPTS` times, and were good
+        with another version's afterwards.
+        """
+        blamed = None
+        for endpoint in self._endpoints.all:
+            canary, pause = endpoint.canaries.get(prompt.digest), endpoint.pauses.get(prompt.digest)
+            if endpoint.away is not None:
+                continue
+            if canary is None or canary.failure is None or pause is None or pause.failures < ATTEMPTS:
+                return None
+            try:
+                await self._endpoints.prove(endpoint, other, since=canary.began)
+            except UnavailableError:
+                return None
+            blamed = canary.failure
+        return blamed
+
     async def close(self) -> None:
-        """Let go of the servers."""
-        await self._endpoints.close()
+        """Let go of the servers, once everyone has who uses it."""
+        self._holders -= 1
+        if not self._holders:
+            await self._endpoints.close()
 
     async def _settle(self, case: _Case, prompt: PromptVersion) -> None:
         """Blame the item for what it failed in, where the server's canary is good.
@@ -304,14 +347,10 @@ class Judge:
         """Ask, and once for a repair. `heard` gathers what the model said."""
         llm = endpoint.llm
         server = await self._endpoints.server(endpoint)
-        parameters = {
-            "seed": self._settings.seed,
-            "max_tokens": self._settings.max_completion_tokens,
-            **({} if self._settings.prompt_cache else {"cache_prompt": False}),
-            **prompt.sampling,
-        }
+        parameters = parameters_of(self._settings, prompt)
         most = budget(server.context_size, self._settings, prompt)
-        rendered = await fit(context, prompt, most, llm.count_tokens)
+        count = partial(llm.count_tokens, parameters=parameters)
+        rendered = await fit(context, prompt, most, count)
         completion = await llm.complete(rendered.messages, prompt.schema, parameters, heard.append)
         heard.append("")  # an empty answer is one
         spent = completion.inference_ms
@@ -320,7 +359,7 @@ class Judge:
             verdict, forgiven = answers.parse(completion.text, prompt, cut_off=completion.cut_off)
         except UnusableError as error:
             log.info("repair", error=str(error))
-            messages = await self._repair(llm, rendered, prompt, completion, error=str(error), most=most)
+            messages = await self._repair(count, rendered, prompt, completion, error=str(error), most=most)
             heard.append("\n")
             completion = await llm.complete(messages, prompt.schema, parameters, heard.append)
             rendered = rendered._replace(messages=messages)
@@ -353,13 +392,13 @@ class Judge:
         )
 
     async def _repair(
-        self, llm: Llm, rendered: Rendered, prompt: PromptVersion, completion: Completion, *, error: str, most: int
+        self, count: Count, rendered: Rendered, prompt: PromptVersion, completion: Completion, *, error: str, most: int
     ) -> tuple[Message, ...]:
         """The answer sent back with what is wrong with it; as much of it as the context has room for."""
         kept = completion.text[:_REPAIR_CHARS]
         while True:
             messages = prompt.repair(rendered.messages, kept, error)
-            if core.token_bound(messages) <= most or await llm.count_tokens(messages) <= most:
+            if core.token_bound(messages) <= most or await count(messages) <= most:
                 return messages
             if not kept:
                 raise UnusableError(f"{error} (and the context has no room for a repair)")

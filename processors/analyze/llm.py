@@ -44,6 +44,9 @@ _QUICK_S = 2.0
 0.1 ms there (measured, llama.cpp's), which nobody notices at 100 tokens/s; a small model that makes thousands a second
 would lose a third of them. What a stream is for, noticing silence, a quick answer shows as well: it does not come."""
 
+_TEMPLATE = "chat_template_kwargs"
+"""The parameter that the chat template reads, in requests of llama.cpp and vLLM."""
+
 
 class OpenAiLlm:
     """An OpenAI-compatible server over HTTP.
@@ -91,11 +94,14 @@ class OpenAiLlm:
             return known
         return known._replace(model_digest=await self._weights.get())
 
-    async def count_tokens(self, messages: Sequence[Message]) -> int:
+    async def count_tokens(self, messages: Sequence[Message], parameters: Mapping[str, Any]) -> int:
         """By llama.cpp's own tokenizer and the model's chat template; of other servers a bound, a token a byte."""
+        chat = {"messages": _plain(messages)}
+        if _TEMPLATE in parameters:  # reasoning turned off, say, is some tokens of the prompt
+            chat[_TEMPLATE] = parameters[_TEMPLATE]
         counted = False
         try:
-            text = await self._post("/apply-template", {"messages": _plain(messages)}, "prompt")
+            text = await self._post("/apply-template", chat, "prompt")
             asked = {"content": text, "add_special": True, "parse_special": True}
             tokens = await self._post("/tokenize", asked, "tokens") if isinstance(text, str) else None
             counted = True

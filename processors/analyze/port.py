@@ -62,8 +62,8 @@ class Llm(Protocol):
             UnavailableError: it is away.
         """
 
-    async def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of this chat as a prompt, or more, never fewer.
+    async def count_tokens(self, messages: Sequence[Message], parameters: Mapping[str, Any]) -> int:
+        """Tokens of this chat as a prompt of a request with these parameters, or more, never fewer.
 
         Raises:
             UnavailableError: the server is away.

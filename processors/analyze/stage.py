@@ -18,7 +18,6 @@ from schemas.records import Context
 from streams import codec
 from streams.errors import UnprocessableError
 from streams.messages import Emit, Incoming
-from streams.stages import MapStage
 
 log = structlog.get_logger(__name__)
 
@@ -31,7 +30,7 @@ class AnalyzeStage:
     outputs: tuple[str, ...] = ("risk_events",)
 
     def __init__(self, judge: Judge, prompt_of: Callable[[str], PromptVersion], *, deadline_s: float) -> None:
-        self._judge = judge
+        self.judge = judge
         self._prompt_of = prompt_of
         self.metrics = judge.metrics
         # A window and the canary that must answer before it is blamed, three times over at worst, besides those
@@ -41,7 +40,7 @@ class AnalyzeStage:
     @property
     def concurrency(self) -> int:
         """As many as the servers have slots, as far as they are known."""
-        return self._judge.gate.slots
+        return self.judge.gate.slots
 
     async def handle(self, record: Incoming) -> Sequence[Emit]:
         """The window's event, under the prompt that is active for its camera when it is taken up."""
@@ -52,7 +51,7 @@ class AnalyzeStage:
         ids_of = {"batch": context.batch_id, "camera": context.camera_id, "_event": ids.event_id(context.batch_id)}
         # Whatever is logged on the way to the verdict (a failed attempt, a repair, the server away) tells of it.
         with bound_contextvars(**ids_of):
-            event = await self._judge.judge(context, self._prompt_of(context.camera_id), key=record.origin)
+            event = await self.judge.judge(context, self._prompt_of(context.camera_id), key=record.origin)
             self.metrics.judged(event)
             log.info(
                 "judged",
@@ -65,7 +64,7 @@ class AnalyzeStage:
 
     async def close(self) -> None:
         """Let go of the server's connections."""
-        await self._judge.close()
+        await self.judge.close()
 
 
 def build(
@@ -76,13 +75,25 @@ def build(
     weights: Path | None = None,
     conditions: Mapping[str, str] | None = None,
     clock: Callable[[], float] = time.time,
-) -> MapStage:
-    """The stage.
+) -> AnalyzeStage:
+    """The stage; `prompt_of`: the prompt version that is active for a camera; the rest as for `build_judge`."""
+    judge = build_judge(settings, llm=llm, weights=weights, conditions=conditions, clock=clock)
+    return AnalyzeStage(judge, prompt_of, deadline_s=settings.deadline_s)
+
+
+def build_judge(
+    settings: LlmSettings,
+    *,
+    llm: Llm | None = None,
+    weights: Path | None = None,
+    conditions: Mapping[str, str] | None = None,
+    clock: Callable[[], float] = time.time,
+) -> Judge:
+    """What judges windows.
 
     Args:
         settings: The `llm:` section.
         llm: Another LLM than the servers that the settings name.
-        prompt_of: The prompt version that is active for a camera.
         weights: The model's file, whose SHA-256 every event names; without it `llm.model_path`, if that is a file.
         conditions: What the server does not tell of itself (threads, device), for the events' conditions.
         clock: Wall time, seconds since the Unix epoch.
@@ -91,5 +102,4 @@ def build(
         weights = Path(settings.model_path)
     digest = WeightsDigest(weights) if weights is not None else None
     llms = [llm] if llm is not None else [OpenAiLlm(settings, digest, url) for url in settings.urls]
-    judge = Judge(llms, settings, conditions=conditions, wall=lambda: int(clock() * 1000))
-    return AnalyzeStage(judge, prompt_of, deadline_s=settings.deadline_s)
+    return Judge(llms, settings, conditions=conditions, wall=lambda: int(clock() * 1000))

@@ -14,7 +14,7 @@ from schemas.records import Batch, BatchState, Detections, WindowSettings
 from streams import codec
 from streams.errors import UnprocessableError
 from streams.messages import Emit, Incoming, Tick
-from streams.stages import Fold, FoldStage
+from streams.stages import FoldStage
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +48,7 @@ class BatchStage:
         self._camera_settings = camera_settings
         self.metrics = BatchMetrics()
 
-    def open(self, partition: int, epoch: str, states: Sequence[BatchState]) -> Fold:
+    def open(self, partition: int, epoch: str, states: Sequence[BatchState]) -> "BatchFold":
         """The fold of one partition, as the snapshots left it."""
         return BatchFold(partition, epoch, states, self._settings, on_close=self._closed)
 
@@ -112,16 +112,19 @@ class BatchFold:
         Raises:
             UnprocessableError: the record cannot be read, and no predecessor said so; no window has changed.
         """
-        tick = Tick.of(record)
-        if tick is None:
-            closed = self._take(record)
-        elif tick.camera_id is None:
-            closed = self._tick(record.offset, tick.wall_at)
-        else:
-            closed = self._end_of_stream(record.offset, tick.camera_id)
+        closed = self.take(record)
         for batch in closed:
             self._on_close(batch)
         return [codec.emit("batches", batch) for batch in closed]
+
+    def take(self, record: Incoming) -> list[Batch]:
+        """As `feed`, but the batches themselves: what a replay cuts is no news, and need not be written."""
+        tick = Tick.of(record)
+        if tick is None:
+            return self._take(record)
+        if tick.camera_id is None:
+            return self._tick(record.offset, tick.wall_at)
+        return self._end_of_stream(record.offset, tick.camera_id)
 
     def position(self, next_offset: int) -> int:
         """The first offset of the oldest open window, else the next unread one."""

@@ -119,7 +119,7 @@ class _Facts(NamedTuple):
 def _health(seen: Look, facts: _Facts, system: str, toys: Collection[str]) -> Health:
     detector, analyst = (facts.models.get(role, Model("", "")) for role in ("detector", "analyst"))
     stages = tuple(_stage(name, seen, facts) for name in READS)
-    waits = any(stage.waiting_on for stage in stages)
+    waits = any(set(stage.waiting_on) - {"live"} for stage in stages)  # to give way to live windows is as it should be
     stalled = any(stage.stall for stage in stages)
     return Health(
         at=datetime.now(UTC),

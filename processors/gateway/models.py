@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
+from streams.labels import MAX_AUTHOR, MAX_NOTE
+
 Level = Literal["low", "medium", "high", "critical"]
 Verdict = Literal["true_alarm", "false_alarm", "missed"]
 CameraId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
@@ -65,8 +67,8 @@ class NewLabel(BaseModel):
     camera_id: CameraId | None = Field(None, description="With `missed`: where. Otherwise the event says it.")
     started_at: Moment | None = Field(None, description="With `missed`: from when; without an offset it is UTC.")
     ended_at: Moment | None = Field(None, description="With `missed`: until when; without an offset it is UTC.")
-    author: str = Field("", max_length=100)
-    note: str = Field("", max_length=2000)
+    author: str = Field("", max_length=MAX_AUTHOR)
+    note: str = Field("", max_length=MAX_NOTE)
 
 
 class EventSummary(Model):

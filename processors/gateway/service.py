@@ -20,6 +20,7 @@ from processors.store.settings import ClickHouseSettings
 from streams.claims import ClaimStore
 from streams.control import Cameras
 from streams.kafka import Kafka
+from streams.labels import LabelLog
 from streams.liveness import Liveness
 from streams.metrics import LivenessCollector
 from streams.scraping import Endpoint
@@ -114,4 +115,4 @@ def build_source(
     """
     queries = Queries(clickhouse)
     pulse = Pulse(kafka, queries, data_dir, fixes=fixes, expected=expected, toys=toys)
-    return StoredSource(queries, Images(Reads(queries), claims), Labels(kafka, cameras), pulse, toys=toys)
+    return StoredSource(queries, Images(Reads(queries), claims), Labels(LabelLog(kafka, cameras)), pulse, toys=toys)

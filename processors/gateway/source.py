@@ -30,6 +30,7 @@ from processors.gateway.ports import InvalidError, NotFoundError
 from processors.gateway.reads import Key, Reads, camera_of, ms
 from processors.gateway.summaries import Summaries
 from processors.store.queries import Queries, Row
+from streams.labels import LONGEST_MISSED
 
 LEVELS: tuple[Level, ...] = ("low", "medium", "high", "critical")
 
@@ -184,7 +185,7 @@ class StoredSource:
                 raise InvalidError("name an event_id; or, with `missed`, camera_id, started_at and ended_at")
             event_id, camera_id = None, new.camera_id
             started_at, ended_at = _utc(new.started_at), _utc(new.ended_at)
-            if not timedelta(0) <= ended_at - started_at <= _LONGEST:
+            if not timedelta(0) <= ended_at - started_at <= LONGEST_MISSED:
                 raise InvalidError("`ended_at` must not lie before `started_at`, and 31 days behind it at most")
             await self._camera(camera_id)
         return await self._labels.append(

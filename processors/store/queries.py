@@ -326,6 +326,14 @@ class Queries:
             found = await (await self._connection.client()).query(query, parameters=parameters)
         return [dict(zip(found.column_names, row, strict=True)) for row in found.result_rows]
 
+    async def columns(self, query: str, **parameters: Any) -> dict[str, Sequence[Any]]:
+        """The columns of a query of ours, strings as their bytes: for many rows, and for what is no text."""
+        with self._connection.naming():
+            found = await (await self._connection.client()).query(
+                query, parameters=parameters, query_formats={"String": "bytes"}, column_oriented=True
+            )
+        return dict(zip(found.column_names, found.result_columns, strict=True))
+
     async def raw(self, query: str, fmt: str, *, limit: int) -> bytes:
         """A person's query, formatted by the engine; it cannot write. `limit` 0 is none.
 

@@ -28,7 +28,19 @@ from infra.local.stack import LocalStack
 from infra.models.library import DEMO
 from tests.bench.figure import Figure, Pair
 
-MODULES = ("hosts", "ingest", "sink", "cpu_runtime", "detect", "analyze", "parse", "prefix", "runtime", "latency")
+MODULES = (
+    "hosts",
+    "ingest",
+    "sink",
+    "cpu_runtime",
+    "detect",
+    "analyze",
+    "replay",
+    "parse",
+    "prefix",
+    "runtime",
+    "latency",
+)
 """The benchmarks of this folder, in the order in which they run."""
 
 # Four windows judged at once, each with the context that the demo's analyst was trained for, tokens.

@@ -7,19 +7,13 @@ a backlog takes at least. Everything was judged once before, so that neither fin
 
 import asyncio
 import json
-import os
 import random
-import signal
-import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 from aiokafka import AIOKafkaConsumer
 
 from infra.local.stack import LocalStack
@@ -41,7 +35,6 @@ PAIRS = 5
 QUICK_WINDOWS = 8
 
 _CAMERAS = 16
-_READY_S = 120.0
 # Per half: ten times what it takes on two cores.
 _TIMEOUT_S = 120.0
 
@@ -56,15 +49,16 @@ async def measure(stack: LocalStack, progress: Callable[[float], None], *, quick
         slots = int((await client.get("/props")).raise_for_status().json()["total_slots"])
         model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
     windows = contexts(QUICK_WINDOWS if quick else WINDOWS)
-    bodies = [_body(window, model) for window in windows]
+    bodies = [body(window, model) for window in windows]
 
     async def bare() -> float:
-        return await _bare(stack.llm_url, bodies, slots)
+        return await bare_rate(stack.llm_url, bodies, slots)
 
     await bare()
     home = await kit.install(stack)
     await kit.begin_at_the_end(home, "analyze", ["contexts"])
-    async with _stage(home, stack.llm_url, slots), _events(home) as events:
+    llm = {"url": stack.llm_url, "slots": slots}
+    async with kit.running(home, "analyze", llm=llm), _events(home) as events:
         await _judged(home, events, _first_of_each_partition(windows))  # the stage takes its partitions
 
         async def product() -> float:
@@ -132,7 +126,7 @@ def _first_of_each_partition(windows: Sequence[Context]) -> list[Context]:
     return list({window.batch.partition: window for window in windows}.values())
 
 
-def _body(window: Context, model: str) -> dict[str, Any]:
+def body(window: Context, model: str) -> dict[str, Any]:
     """The request that the stage sends for this window."""
     prompt, defaults = prompts.default(), LlmSettings()
     messages = next(core.renderings(window, prompt)).messages
@@ -154,7 +148,7 @@ def _chat(body: dict[str, Any]) -> str:
     return json.dumps(body["messages"], ensure_ascii=False)
 
 
-async def _bare(url: str, bodies: Sequence[dict[str, Any]], slots: int) -> float:
+async def bare_rate(url: str, bodies: Sequence[dict[str, Any]], slots: int) -> float:
     """Windows a second of a client that does nothing else."""
     waiting = iter(bodies)
 
@@ -192,44 +186,3 @@ async def _events(home: kit.Installation) -> AsyncIterator[AIOKafkaConsumer]:
         reader.assign(kit.partitions_of("risk_events"))
         await reader.seek_to_end()
         yield reader
-
-
-@asynccontextmanager
-async def _stage(home: kit.Installation, llm_url: str, slots: int) -> AsyncIterator[None]:
-    """The stage's own process, a member of its group."""
-    kafka = home.kafka.settings
-    with tempfile.TemporaryDirectory(prefix="rewatch-bench-") as directory:
-        config, status = Path(directory) / "rewatch.yaml", Path(directory) / "status.json"
-        settings = {
-            "data_dir": directory,
-            "kafka": {
-                "bootstrap_servers": kafka.bootstrap_servers,
-                "system": kafka.system,
-                "partitions": kafka.partitions,
-            },
-            "llm": {"url": llm_url, "slots": slots},
-            "metrics": {"port": 0},
-        }
-        config.write_text(yaml.safe_dump(settings))
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "infra.worker", "analyze", "--config", str(config), "--status", str(status)),
-            env={name: value for name, value in os.environ.items() if not name.startswith("REWATCH_")},
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        try:
-            async with asyncio.timeout(_READY_S):
-                while not _is_member(status):
-                    assert process.returncode is None, "the stage ended by itself"
-                    await asyncio.sleep(0.05)
-            yield
-        finally:
-            if process.returncode is None:
-                process.send_signal(signal.SIGTERM)
-            await process.wait()
-
-
-def _is_member(status: Path) -> bool:
-    try:
-        return int(json.loads(status.read_text())["generation"]) >= 0
-    except (OSError, ValueError):
-        return False

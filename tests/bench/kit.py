@@ -4,17 +4,26 @@ import asyncio
 import gc
 import hashlib
 import io
+import json
+import os
 import secrets
+import signal
+import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import yaml
 from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 from PIL import Image
 
 from infra.local.stack import LocalStack
 from infra.models.scene import random_scene
+from processors.sink.store import ClickHouseStore
+from processors.store.settings import ClickHouseSettings
 from schemas import ids
 from schemas.records import Frame
 from streams.admin import ensure_topics, epochs_of
@@ -31,6 +40,9 @@ shares: a topic's partition count is fixed at its creation."""
 
 # A backlog of some ten thousand records takes the embedded broker a few seconds.
 _BACKLOG_TIMEOUT_MS = 120_000
+
+# Until a process is a member of its group: some seconds, and many more on a machine that does much else.
+_READY_S = 120.0
 
 # 2026-11-21 12:00:00 UTC, where every backlog begins.
 _NOON_MS = 1_795_262_400_000
@@ -110,6 +122,66 @@ async def reached(liveness: Liveness, positions: Mapping[TopicPartition, int]) -
         lives = liveness.partitions
         todo = {name: at for name, at in todo.items() if name not in lives or lives[name].position < at}
         await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def running(home: Installation, stage: str, **sections: Any) -> AsyncIterator[Path]:
+    """The stage's own process, a member of its group; gives the file of its settings.
+
+    Args:
+        home: where it works.
+        stage: as `rewatch run` names it.
+        sections: more sections of its settings.
+    """
+    kafka = home.kafka.settings
+    with tempfile.TemporaryDirectory(prefix="rewatch-bench-") as directory:
+        config, status = Path(directory) / "rewatch.yaml", Path(directory) / "status.json"
+        settings = {
+            "data_dir": directory,
+            "kafka": {
+                "bootstrap_servers": kafka.bootstrap_servers,
+                "system": kafka.system,
+                "partitions": kafka.partitions,
+            },
+            "metrics": {"port": 0},
+            **sections,
+        }
+        config.write_text(yaml.safe_dump(settings))
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "infra.worker", stage, "--config", str(config), "--status", str(status)),
+            env={name: value for name, value in os.environ.items() if not name.startswith("REWATCH_")},
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        try:
+            async with asyncio.timeout(_READY_S):
+                while not _is_member(status):
+                    assert process.returncode is None, "the stage ended by itself"
+                    await asyncio.sleep(0.05)
+            yield config
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            await process.wait()
+
+
+def _is_member(status: Path) -> bool:
+    try:
+        return int(json.loads(status.read_text())["generation"]) >= 0
+    except (OSError, ValueError):
+        return False
+
+
+@asynccontextmanager
+async def database(stack: LocalStack) -> AsyncIterator[ClickHouseStore]:
+    """A migrated database of its own, dropped in the end."""
+    settings = ClickHouseSettings(url=stack.clickhouse_url, database=f"bench_{secrets.token_hex(4)}")
+    store = ClickHouseStore(settings)
+    await store.migrate()
+    try:
+        yield store
+    finally:
+        await (await store.connection.client()).command(f"DROP DATABASE {settings.database} SYNC")
+        await store.close()
 
 
 async def in_pairs(

@@ -228,6 +228,8 @@ class FakeQueries:
 
     away: Exception | None = None
     raw_answer = b"{}"
+    verdicts: ClassVar[list[Row]] = []
+    """What the view `score_history` has."""
     asked: ClassVar[list[dict[str, Any]]] = []
 
     def __init__(self, _settings: ClickHouseSettings) -> None:
@@ -279,6 +281,10 @@ class FakeQueries:
             {row["frame_id"]: row for row in self.tables["frames"]},
             {row["frame_id"]: row for row in self.tables["detections"]},
         )
+
+    async def rows(self, query: str, **asked: Any) -> list[Row]:
+        self._answer(asked)
+        return self.verdicts if "score_history" in query else []
 
     async def raw(self, query: str, fmt: str, *, limit: int) -> bytes:
         self._answer({"query": query, "fmt": fmt, "limit": limit})

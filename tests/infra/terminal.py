@@ -52,9 +52,13 @@ class Terminal:
             assert self._read(), f"it ended before it showed {text!r}:\n{self.text}"
             assert time.monotonic() < deadline, f"it never showed {text!r}:\n{self.text}"
 
+    def press(self, keys: str) -> None:
+        """Press keys, one after the other."""
+        os.write(self._file, keys.encode())
+
     def interrupt(self) -> None:
         """Press Ctrl-C."""
-        os.write(self._file, b"\x03")
+        self.press("\x03")
 
     def end(self) -> int:
         """Wait for its end; the exit code, negative for a signal."""

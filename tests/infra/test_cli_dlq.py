@@ -113,6 +113,9 @@ def test_a_gap_has_neither_key_nor_value() -> None:
         (row(kind="rejected", stage="ingest", origin="upload:front/a.jpg@00"), "no: it came by upload"),
         (row(stage="analyze"), "no: no stage would meet it again: analyze reads no frames"),
         (row(stage="sink"), "no: no stage would meet it again"),
+        (row(stage="replay", origin="r1:door:7c1b"), "no: a shadow failed in it"),
+        (row(stage="replay", origin="contexts:e:0:1"), "no: a shadow failed in it"),
+        (row(stage="replay", origin="replay_units:e:0:1"), "yes: `rewatch dlq redrive replay_units:e:0:1`"),
         (row(origin="frames:front"), "no: no stage would meet it again"),
     ],
 )

@@ -15,7 +15,9 @@ from infra.cli import prompts as commands
 from infra.config import Settings
 from infra.recorded import Recorded
 from processors.analyze.fakes import FakeLlm
+from processors.replay.plan import Change, Plan
 from schemas import prompts
+from schemas.records import Replay
 from streams.prompts import Prompts
 from tests.infra.cli_kit import answer, invoke
 from tests.infra.prompt_kit import changed, in_memory, pointer
@@ -33,6 +35,7 @@ class Site:
         self.known, self.table = in_memory([DEFAULT.to_record(1, "first"), pointer(DEFAULT.digest, comment="first")])
         self.llm = FakeLlm(self._say, context_size=2048, slots=2)
         self.windows: list[Recorded] = []
+        self.replays: dict[str, Replay] = {}
         self.says: Callable[[], str] = said
 
     async def _say(self, _: object) -> str:
@@ -51,6 +54,9 @@ def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Site:
     async def load(_: Settings) -> Prompts:
         return found.known
 
+    async def load_replays(_: Settings) -> dict[str, Replay]:
+        return found.replays
+
     async def windows(_: Settings, *, camera: str | None, batch: str = "", limit: int) -> list[Recorded]:
         fits = [w for w in found.windows if camera in {None, w.context.camera_id}]
         return [w for w in fits if w.context.batch_id.startswith(batch)][:limit]
@@ -61,9 +67,10 @@ def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Site:
     async def servers(_: Settings) -> AsyncIterator[list[FakeLlm]]:
         yield [found.llm]
 
-    monkeypatch.setattr(commands, "_load", load)
+    monkeypatch.setattr(commands, "load_prompts", load)
+    monkeypatch.setattr(commands, "load_replays", load_replays)
     monkeypatch.setattr(commands, "_windows", windows)
-    monkeypatch.setattr(commands, "_check_camera", check_camera)
+    monkeypatch.setattr(commands, "check_camera", check_camera)
     monkeypatch.setattr(prompts_of_people, "servers", servers)
     return found
 
@@ -278,12 +285,60 @@ def test_promote_puts_a_version_on_the_log_and_in_force_once(site: Site) -> None
         "name": "deliveries-strict-nights",
         "scope": "default",
         "changed": True,
+        "evidence": None,
     }
     assert site.active() == STRICT.digest
     records = len(site.table.records)
     assert answer("prompt", "promote", STRICT.digest[:8])["changed"] is False
     assert "already" in invoke("prompt", "promote", "deliveries-strict-nights").stdout
     assert len(site.table.records) == records == 4
+
+
+def replayed(
+    name: str, state: str = "done", kind: str = "change", *, at: int = 1, digest: str = STRICT.digest
+) -> dict[str, Replay]:
+    plan = Plan(kind=kind, change=Change(prompt=digest))
+    made = Replay(replay_id=f"r-{name}", name=name, state=state, plan=plan.encode(), updated_at=at)
+    return {made.replay_id: made}
+
+
+def test_promote_names_the_newest_replay_or_shadow_that_judged_with_the_version_and_keeps_it(site: Site) -> None:
+    site.replays = (
+        replayed("older", at=1)
+        | replayed("calmer", at=5)
+        | replayed("half", "paused", at=9)
+        | replayed("other", at=9, digest=DEFAULT.digest)
+        | {"bad": Replay(replay_id="bad", name="bad", state="done", plan="{", updated_at=9)}
+    )
+    assert "on the strength of calmer (r-calmer)" in invoke("prompt", "promote", STRICT.name).stdout.replace("\n", " ")
+    assert site.known.history("default")[-1].evidence == "r-calmer"
+    assert "calmer" in invoke("prompt", "ls").stdout
+    assert "calmer" in invoke("prompt", "ls", "--history").stdout
+    assert "on the strength of calmer" in invoke("prompt", "show", STRICT.name).stdout
+    [active] = answer("prompt", "show", STRICT.name)["active"]
+    assert active["evidence"] == "r-calmer"
+    assert answer("prompt", "rollback")["to"] == DEFAULT.digest
+    assert site.known.history("default")[-1].evidence == ""
+
+
+def test_a_shadow_is_evidence_also_while_it_runs_and_one_can_be_named(site: Site) -> None:
+    site.replays = replayed("calmer", at=5) | replayed("watching", "running", "shadow", at=7)
+    assert answer("prompt", "promote", STRICT.name)["evidence"] == {"replay_id": "r-watching", "name": "watching"}
+    answer("prompt", "rollback")
+    assert answer("prompt", "promote", STRICT.name, "--evidence", "r-calm")["evidence"]["name"] == "calmer"
+
+
+def test_what_did_not_judge_with_the_version_is_no_evidence_and_without_any_it_warns_and_goes_on(site: Site) -> None:
+    site.replays = replayed("other", digest=DEFAULT.digest)
+    refused = invoke("prompt", "promote", STRICT.name, "--evidence", "other")
+    assert refused.exit_code == 1
+    assert "did not judge with" in refused.stderr
+    assert invoke("prompt", "promote", STRICT.name, "--evidence", "nothing").exit_code == 1
+    assert site.active() == DEFAULT.digest
+    gone_on = invoke("prompt", "promote", STRICT.name)
+    assert gone_on.exit_code == 0
+    assert f"`rewatch replay run --prompt {STRICT.digest[:12]}` first" in gone_on.stderr
+    assert site.active() == STRICT.digest
 
 
 def test_a_cameras_own_version_wins_over_everyones(site: Site) -> None:

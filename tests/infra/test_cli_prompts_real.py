@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 
 import httpx
 import msgspec
@@ -59,13 +60,13 @@ async def analyst(settings: Settings) -> AsyncIterator[OpenAiLlm]:
 
 @pytest.mark.parametrize("version", prompts.shipped().values(), ids=prompts.shipped())
 async def test_the_versions_of_the_product_leave_room_by_the_demo_analysts_own_tokenizer(version, analyst) -> None:
-    tokens = await analyst.count_tokens(next(core.renderings(CANARY, version)).messages)
+    tokens = await analyst.count_tokens(next(core.renderings(CANARY, version)).messages, {})
     assert 50 < tokens <= FIXED_TOKENS
 
 
 async def test_a_prompt_of_exactly_the_budget_is_sent_whole_and_of_one_token_more_is_not(settings, analyst) -> None:
     found = context(sections=(section("memory", "Seen before. " * 20), section("zones", "The porch. " * 20)))
-    whole, second, bare = [await analyst.count_tokens(one.messages) for one in core.renderings(found, DEFAULT)]
+    whole, second, bare = [await analyst.count_tokens(one.messages, {}) for one in core.renderings(found, DEFAULT)]
     for most, dropped in (
         (whole, ()),
         (whole - 1, ("memory",)),
@@ -73,9 +74,9 @@ async def test_a_prompt_of_exactly_the_budget_is_sent_whole_and_of_one_token_mor
         (second - 1, ("memory", "zones")),
         (bare, ("memory", "zones")),
     ):
-        assert (await fit(found, DEFAULT, most, analyst.count_tokens)).dropped == dropped
+        assert (await fit(found, DEFAULT, most, partial(analyst.count_tokens, parameters={}))).dropped == dropped
     with pytest.raises(PromptError, match=f"{bare} tokens without any section, and {bare - 1} are left"):
-        await fit(found, DEFAULT, bare - 1, analyst.count_tokens)
+        await fit(found, DEFAULT, bare - 1, partial(analyst.count_tokens, parameters={}))
     server = await analyst.server()
     longest = {"max_tokens": server.context_size - whole, "temperature": 0}
     assert (

@@ -10,7 +10,7 @@ import pytest
 
 from infra import topology
 from infra.config import load
-from infra.installation import member_name
+from infra.installation import Installation, member_name
 from infra.local.process import free_port
 from streams.liveness import read_report
 
@@ -64,3 +64,24 @@ async def test_a_stage_that_waits_for_its_broker_says_so_and_can_be_stopped(tmp_
         await topology.run(settings, "enrich", stop, status, metrics_port=0)
     await said
     assert not status.exists()
+
+
+async def test_the_process_of_analyze_is_watched_by_both_of_its_reports_and_none_of_a_predecessor(
+    tmp_path: Path,
+) -> None:
+    settings = load().model_copy(update={"data_dir": tmp_path})
+    spec = next(spec for spec in Installation(settings)._specs() if spec.name == "analyze")
+    status = tmp_path.resolve() / "status" / "analyze.json"
+    beside = topology.report_beside(status)
+    status.parent.mkdir()
+    assert spec.stalled is not None
+    assert spec.prepare is not None
+    assert spec.cleanup is not None
+    beside.write_text(json.dumps({"stage": "replay", "pid": os.getpid(), "stall": "it hangs"}))
+    assert await spec.stalled() == "it hangs"
+    await spec.prepare()
+    assert await spec.stalled() is None, "who was killed said that"
+    for path in (status, beside):
+        path.write_text("{}")
+    spec.cleanup()
+    assert not list(status.parent.iterdir())

@@ -12,7 +12,7 @@ import pytest
 
 from infra.local.cpu import Turn, turn
 from infra.local.supervisor import BACKOFF_FIRST_SECONDS, STALLED_STOP_SECONDS, WATCH_SECONDS
-from infra.watchdog import Watchdog
+from infra.watchdog import Watchdog, either
 from streams.hearing import DEAF_S, LOOK_S
 from streams.liveness import REPORT_EVERY_S, STALL_S
 
@@ -146,3 +146,19 @@ def test_the_kernel_tells_who_runs_from_who_is_stopped() -> None:
         finally:
             busy.kill()
     assert turn(busy.pid) is None
+
+
+async def test_of_a_process_with_two_reports_either_says_that_it_stalled(tmp_path: Path) -> None:
+    clock = Clock()
+    paths = [tmp_path / "analyze.json", tmp_path / "analyze+replay.json"]
+    stalled = either(*(Watchdog(path, clock, Scheduler()) for path in paths))
+    report(paths[0], at=1)
+    assert await stalled() is None, "the second has not begun yet"
+    report(paths[1], at=1, stall="replay_units-0 has not advanced")
+    assert await stalled() == "replay_units-0 has not advanced"
+    for path in paths:
+        report(path, at=2)
+    assert await stalled() is None
+    clock.now += STALL_S + 1
+    report(paths[0], at=3)
+    assert "has not ticked" in str(await stalled()), "the second fell silent"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from processors.analyze.gate import ClosedError, Gate, Held, Priority
+from processors.analyze.gate import BusyError, ClosedError, Gate, Held, Priority
 
 LIVE, SHADOW, REPLAY = Priority
 
@@ -249,3 +249,26 @@ async def test_what_the_work_raises_is_raised_and_the_slot_is_free():
     with pytest.raises(ValueError, match="mine"):
         await gate.run(fails, among="a")
     assert gate.busy == 0
+
+
+async def test_a_call_with_patience_says_when_no_slot_came_and_leaves_nothing_behind():
+    calls = Calls(gate_of(a=1))
+    await calls.call("live")
+    with pytest.raises(BusyError, match=r"no slot for 0\.01 s"):
+        await calls.gate.run(calls._work("replay"), among="a", priority=REPLAY, patience_s=0.01)
+    assert not calls.gate._waiting
+    await calls.end("live")
+    assert calls.gate.busy == 0
+    calls._end["replay"] = asyncio.Event()
+    calls._end["replay"].set()
+    assert await calls.gate.run(calls._work("replay"), among="a", priority=REPLAY, patience_s=0.01) == "replay"
+
+
+async def test_patience_is_for_the_slot_and_not_for_the_work():
+    gate = gate_of(a=1)
+
+    async def work(_: Held) -> str:
+        await asyncio.sleep(0.05)
+        return "done"
+
+    assert await gate.run(work, among="a", patience_s=0.01) == "done"

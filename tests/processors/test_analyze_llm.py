@@ -76,7 +76,7 @@ async def test_a_server_without_props_is_taken_as_the_settings_say():
     async with rude.running() as url:
         llm = OpenAiLlm(settings(f"{url}/v1/", model="mine"))
         found = await llm.server()
-        assert await llm.count_tokens(CHAT) >= 2
+        assert await llm.count_tokens(CHAT, {}) >= 2
         await llm.close()
     assert (found.model, found.build, found.slots, found.context_size) == ("mine", "", 0, 3000)
 
@@ -100,9 +100,22 @@ async def test_tokens_are_counted_by_the_server_with_the_chat_template():
     rude.pages |= {"/apply-template": (200, {"prompt": "<s>su"}), "/tokenize": (200, {"tokens": [1, 2, 3]})}
     async with rude.running() as url:
         llm = OpenAiLlm(settings(url))
-        assert await llm.count_tokens(CHAT) == 3
+        assert await llm.count_tokens(CHAT, {}) == 3
         await llm.close()
     assert rude.requests[-1] == ("/tokenize", {"content": "<s>su", "add_special": True, "parse_special": True})
+    assert rude.requests[-2][0] == "/apply-template"
+    assert set(rude.requests[-2][1]) == {"messages"}
+
+
+async def test_what_the_chat_template_is_told_is_told_when_tokens_are_counted():
+    rude = RudeServer(good)
+    rude.pages |= {"/apply-template": (200, {"prompt": "<s>su"}), "/tokenize": (200, {"tokens": [1, 2, 3]})}
+    silent = {"chat_template_kwargs": {"enable_thinking": False}}
+    async with rude.running() as url:
+        llm = OpenAiLlm(settings(url))
+        await llm.count_tokens(CHAT, {"seed": 1, **silent})
+        await llm.close()
+    assert rude.requests[-2] == ("/apply-template", {"messages": [m._asdict() for m in CHAT], **silent})
 
 
 @pytest.mark.parametrize("page", ["/apply-template", "/tokenize"])
@@ -122,7 +135,7 @@ async def test_a_server_that_could_not_count_just_now_is_no_server_that_does_not
         llm = OpenAiLlm(settings(url))
         await llm.server()
         with pytest.raises(raised, match=f"HTTP {reply[0]}"):
-            await llm.count_tokens(CHAT)
+            await llm.count_tokens(CHAT, {})
         rude.pages["/v1/models"] = (200, {"data": [{"id": "rude-2"}]})
         assert (await llm.server()).model == "rude-2", "it is asked again who it is"
         await llm.close()
@@ -136,12 +149,12 @@ async def test_a_connection_that_breaks_while_tokens_are_counted_is_away_or_a_de
     server = await asyncio.start_server(cut, "127.0.0.1", 0)
     llm = OpenAiLlm(settings(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
     with pytest.raises(AttemptError, match="the connection broke") as caught:
-        await llm.count_tokens(CHAT)
+        await llm.count_tokens(CHAT, {})
     assert caught.value.kind == "died"
     server.close()
     await server.wait_closed()
     with pytest.raises(UnavailableError, match="ConnectError"):
-        await llm.count_tokens(CHAT)
+        await llm.count_tokens(CHAT, {})
     await llm.close()
 
 
@@ -151,7 +164,7 @@ async def test_a_server_without_a_page_that_counts_has_its_bytes_counted(status)
     rude.pages["/apply-template"] = (status, b"no")
     async with rude.running() as url:
         llm = OpenAiLlm(settings(url))
-        assert await llm.count_tokens(CHAT) == core.token_bound(CHAT)
+        assert await llm.count_tokens(CHAT, {}) == core.token_bound(CHAT)
         await llm.close()
 
 

@@ -116,7 +116,7 @@ async def test_the_bound_on_tokens_holds_and_a_prompt_too_long_is_refused(tiny):
         messages = next(core.renderings(context(sections=(section("captions", "Tür, 日本, 🚪"),)), prompts.default()))[
             0
         ]
-        counted = await llm.count_tokens(messages)
+        counted = await llm.count_tokens(messages, {})
         found = await llm.complete(messages, {"type": "object"}, {"max_tokens": 8, "temperature": 0})
         # Its tokens are bytes: the worst tokenizer there is.
         assert found.prompt_tokens == counted

@@ -385,7 +385,7 @@ async def test_a_label_whose_fate_was_unknown_is_on_the_log_once(
                 await super().transact(emits, **options)
             raise UncertainError("no answer")
 
-    monkeypatch.setattr("processors.gateway.labels.FencedProducer", Unsure)
+    monkeypatch.setattr("streams.labels.FencedProducer", Unsure)
     given = await source.label(NewLabel(verdict="true_alarm", event_id=event_id(made)))
     assert [label.label_id for label in await labels_on_the_log(mine, name)] == [given.label_id]
     assert tries == (1 if committed else 2)

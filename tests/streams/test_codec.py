@@ -1,12 +1,15 @@
 """Records to bytes and back, whatever the bytes."""
 
 import contextlib
+import io
 
+import fastavro
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.records import BatchState, Frame
+from schemas import avro_schemas
+from schemas.records import BatchState, Frame, Replay
 from streams import codec
 from streams.errors import UnprocessableError
 from streams.messages import FINGERPRINT
@@ -55,6 +58,19 @@ def test_an_unknown_schema_names_the_fix() -> None:
 def test_without_a_fingerprint_the_current_schema_is_assumed() -> None:
     value, _ = codec.encode("frames", RECORDS["frames"])
     assert codec.decode_bytes("frames", value, None, Frame) == RECORDS["frames"]
+
+
+def test_a_record_inside_another_is_read_by_the_schema_that_its_frame_names() -> None:
+    """A unit of a replay holds a window; the version that wrote it may be older than the one that judges it."""
+    topic = "replays"
+    old = avro_schemas.history(topic)[0]
+    [fingerprint] = [one for one, schema in avro_schemas.by_fingerprint(topic).items() if schema == old]
+    assert fingerprint != avro_schemas.fingerprint(topic)
+    said = {"replay_id": "r1", "name": "n", "state": "done", "plan": "{}", "updated_at": 1}
+    out = io.BytesIO(b"\0" + codec._id_of(fingerprint))
+    out.seek(5)
+    fastavro.schemaless_writer(out, old, said)
+    assert codec.decode_bytes(topic, out.getvalue(), None, Replay) == Replay(**said)
 
 
 def test_a_stage_need_not_translate_a_decode_error() -> None:

@@ -15,7 +15,7 @@ from streams import codec
 from streams.delivery import DEAD_LETTER_INLINE, FencedProducer, Ownership, let_go
 from streams.errors import FencedError, UncertainError, UnprocessableError
 from streams.kafka import MAX_RECORD_BYTES, Kafka, KafkaSettings
-from streams.messages import REDRIVE, Emit, Incoming
+from streams.messages import REDRIVE, SOURCE, Emit, Incoming
 from tests.streams.conformance.harness import road
 
 pytestmark = pytest.mark.real
@@ -193,6 +193,32 @@ def test_a_result_too_large_for_its_topic_is_the_record_s_fault(kafka_free: Owne
     half = MAX_RECORD_BYTES // 2
     with pytest.raises(UnprocessableError, match="more than a record holds"):
         kafka_free.derived(Emit("out", bytes(half), bytes(half)), record)
+
+
+def test_a_stage_appends_to_its_outputs_and_to_dead_letters_alone() -> None:
+    record = Incoming("in", "e", 0, 7, b"k", b"", ())
+    hold = Ownership(Kafka(KafkaSettings()), "toy", TopicPartition("in", 0), epoch=lambda: "e", outputs=("out",))
+    assert hold.derived(Emit("out", b"k", b"v"), record).topic == "out"
+    assert hold.derived(Emit("dead_letters", b"k", b"v"), record).topic == "dead_letters"
+    with pytest.raises(UnprocessableError, match="toy may not append to risk_events, only to out"):
+        hold.derived(Emit("risk_events", b"k", b"v"), record)
+
+
+def test_a_result_names_the_record_that_it_was_made_from_unless_it_says_so_itself(kafka_free: Ownership) -> None:
+    record = Incoming("in", "e", 0, 7, b"k", b"", ())
+    assert kafka_free.derived(Emit("out", b"k", b"v"), record).headers == ((SOURCE, b"in:e:0:7"),)
+    own = ((SOURCE, b"something else"),)
+    assert kafka_free.derived(Emit("out", b"k", b"v", own), record).headers == own
+
+
+def test_a_dead_letter_tells_the_position_of_the_stage_alone_that_made_it(kafka_free: Ownership) -> None:
+    """Two stages can read one topic: what one gave up the other has not done."""
+    record = Incoming("in", "e", 0, 7, b"k", b"", ())
+    letter = kafka_free.dead_letter(record, ValueError("bad"), 1)
+    read = Incoming("dead_letters", "e", 0, 0, letter.key, letter.value, letter.headers)
+    other = Ownership(Kafka(KafkaSettings()), "other", TopicPartition("in", 0), epoch=lambda: "e")
+    assert kafka_free._is_ours(read)
+    assert not other._is_ours(read)
 
 
 @pytest.fixture

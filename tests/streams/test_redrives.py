@@ -20,7 +20,7 @@ from streams.kafka import Kafka, KafkaSettings
 from streams.liveness import Liveness
 from streams.messages import ATTEMPTS, REDRIVE, SOURCE, Emit, Incoming
 from streams.partition import PartitionWorker
-from streams.redrives import OPEN, RESOLVED, STATUS, again, redriven
+from streams.redrives import OPEN, RESOLVED, STATUS, Redrives, again, redriven
 from streams.turns import Turns
 
 TP = TopicPartition("in", 2)
@@ -334,3 +334,12 @@ def test_what_was_resolved_stays_resolved_whatever_is_said_after_it() -> None:
     ]
     asyncio.run(run(broker, "map"))
     assert broker.of("out") == []
+
+
+async def test_what_is_redriven_on_another_stages_topic_is_that_stages_affair_alone() -> None:
+    """Nothing is made of it here, and nothing is said of it: `dead_letter_status` has one owner."""
+    beside = Redrives(Ownership(Kafka(KafkaSettings()), "beside", TP, epoch=lambda: "e1"), theirs=True)
+    again_ = redrive_of(5, 9, b"bytes")
+    assert await beside.is_done(again_)
+    assert beside.settled(again_, [Emit("out", b"k", b"v")]) == []
+    assert beside.settled(record(5), [Emit("out", b"k", b"v")]) == [Emit("out", b"k", b"v")]

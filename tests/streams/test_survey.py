@@ -6,6 +6,7 @@ import pytest
 from aiokafka import TopicPartition
 
 from processors.detect.stage import DetectStage
+from processors.replay.stage import ReplayStage
 from processors.sink.stage import SinkStage
 from streams import survey
 from streams.survey import READS, Count, _count, _remembered, _Seen, _since
@@ -21,7 +22,8 @@ def seen(*offsets: int, ticks: tuple[int, ...] = (), since: int = 0, upto: int =
 def test_what_stages_read_is_what_they_say() -> None:
     assert READS["detect"] == DetectStage.inputs
     assert READS["sink"] == SinkStage.inputs == STORED
-    assert list(READS) == ["detect", "batch", "enrich", "analyze", "sink"]
+    assert READS["replay"] == ReplayStage.inputs
+    assert list(READS) == ["detect", "batch", "enrich", "analyze", "sink", "replay"]
 
 
 @pytest.mark.parametrize(

@@ -297,3 +297,46 @@ async def test_what_does_not_come_is_said_unless_the_broker_is_away_or_there_is_
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
+
+
+class Two(Busy):
+    """A stage of two topics: one is slow, and must not hold up the other."""
+
+    inputs = ("in", "other")
+
+    def __init__(self) -> None:
+        super().__init__(concurrency=3, turns=0)
+        self.slow = asyncio.Event()
+
+    def at_once(self, topic: str) -> int:
+        return 1 if topic == "in" else 2
+
+    async def handle(self, record: Incoming) -> Sequence[Emit]:
+        if record.topic == "in":
+            await self.slow.wait()
+        return await super().handle(record)
+
+
+async def test_what_is_slow_on_one_topic_of_a_stage_holds_up_nothing_on_another(monkeypatch) -> None:
+    stage = Two()
+    async with sharing(stage, monkeypatch) as workers:
+        for offset in range(5):
+            for partition in range(4):  # more than there are slots
+                workers.feed(Incoming("in", "e", partition, offset, b"k", b"v", ()))
+            workers.feed(Incoming("other", "e", 0, offset, b"k", b"v", ()))
+        async with asyncio.timeout(20):
+            while workers._running[TopicPartition("other", 0)][0].ownership.position < 5:
+                await asyncio.sleep(0)
+        assert [workers._running[tp][0].ownership.position for tp in IN] == [0] * 4
+        assert workers._slots["in"].locked()
+        stage.slow.set()
+        for partition in range(4):
+            await done(workers, partition, 5)
+
+
+async def test_holds_on_partitions_of_one_number_and_two_topics_are_two() -> None:
+    """Under one transactional id each would fence the other for ever."""
+    one, two = Busy(1, 0), Two()
+    for stage, several in ((one, False), (two, True)):
+        workers = Workers(Kafka(KafkaSettings()), stage, epochs=lambda _: "e", reader=Reading())
+        assert workers._hold(IN[0])._several is several
