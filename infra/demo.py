@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -25,6 +26,7 @@ from infra.cli import output
 from infra.cli.lifecycle import Stop, bring_up, duration, narrate
 from infra.cli.show import collect
 from infra.config import Settings
+from infra.demo_replay import judge_again
 from infra.installation import Installation, strictly
 from infra.models.bands import Said, Told, summary, told
 from infra.models.recordings import write_recordings
@@ -63,7 +65,8 @@ async def run_demo(settings: Settings, config: Path | None, console: Console, st
     It is judged under strict conditions where the settings do not say otherwise, so that `replay run --mode strict` can
     show that the same question has the same answer.
 
-    The file has what `rewatch status --json` says at the end, `seconds`, and `stories`: see `infra.models.bands`.
+    The file has what `rewatch status --json` says at the end, `seconds`, `stories` (see `infra.models.bands`), and
+    `replay`: what a second prompt would have changed.
 
     Returns False where it was asked to stop before the end.
 
@@ -99,7 +102,11 @@ async def run_demo(settings: Settings, config: Path | None, console: Console, st
                 task.cancel()
             await asyncio.gather(showing, stopping, return_exceptions=True)
         stories = [story for footage in footages for story in await _told(settings, footage)]
-        await _finish(settings, console, stories, state)
+        riskiest = await _show_found(settings, console, stories, state)
+        state["replay"] = await judge_again(settings, config, console, stop, footages)
+        if stop.asked.is_set():
+            return False
+        _suggest(settings, console, riskiest)
     finally:
         telling.cancel()
         with console.status("stopping ..."):
@@ -326,7 +333,10 @@ async def _told(settings: Settings, footage: Footage) -> list[Told]:
     return told(footage, events)
 
 
-async def _finish(settings: Settings, console: Console, stories: list[Told], state: dict[str, Any]) -> None:
+async def _show_found(
+    settings: Settings, console: Console, stories: list[Told], state: dict[str, Any]
+) -> Sequence[Mapping[str, Any]]:
+    """The stories, the riskiest events and the topics, as tables; those events."""
     _show_stories(console, stories, state)
     async with aclosing(Queries(settings.clickhouse)) as queries:
         riskiest = await queries.events(limit=5, order="risk")
@@ -352,6 +362,11 @@ async def _finish(settings: Settings, console: Console, stories: list[Told], sta
         if topic["records"]:
             counts.add_row(topic["topic"], str(topic["records"]), str(topic["in_clickhouse"]))
     console.print(counts)
+    return riskiest
+
+
+def _suggest(settings: Settings, console: Console, riskiest: Sequence[Mapping[str, Any]]) -> None:
+    """What to try next."""
     console.print("[bold]look further[/bold], with `.venv/bin/rewatch up` running on the same data:", soft_wrap=True)
     if settings.gateway.enabled:
         console.print(f"  {settings.gateway.url} in a browser", soft_wrap=True, highlight=False)

@@ -62,7 +62,19 @@ def report(  # noqa: PLR0917 (typer makes options of parameters)
     pictures of your cameras.
     """
     settings: Settings = ctx.obj
-    found = run(settings, lambda: _gathered(settings, against, name), doing="comparing, and fetching pictures ...")
+    found = run(settings, lambda: gathered(settings, against, name), doing="comparing, and fetching pictures ...")
+    path, size = written(settings, found, out)
+    if as_json:
+        print_json({"path": str(path), "bytes": size})
+    else:
+        typer.echo(printable(str(path)))
+        typer.echo(path.as_uri())
+    if show and not webbrowser.open(path.as_uri()):
+        fail(f"no browser could be opened here: open {path} yourself", NO)
+
+
+def written(settings: "Settings", found: "Report", out: Path | None = None) -> tuple[Path, int]:
+    """Write the file; where it lies, and its bytes."""
     from processors.replay.report import render
 
     page = render(found).encode()
@@ -73,16 +85,11 @@ def report(  # noqa: PLR0917 (typer makes options of parameters)
         _write(path, page)
     except OSError as error:
         fail(f"{path}: {error.strerror}; name another file by --out", USAGE)
-    if as_json:
-        print_json({"path": str(path), "bytes": len(page)})
-    else:
-        typer.echo(printable(str(path)))
-        typer.echo(path.as_uri())
-    if show and not webbrowser.open(path.as_uri()):
-        fail(f"no browser could be opened here: open {path} yourself", NO)
+    return path, len(page)
 
 
-async def _gathered(settings: "Settings", against: str, name: str) -> "Report":
+async def gathered(settings: "Settings", against: str, name: str) -> "Report":
+    """The comparison of the replay with the other side, and all that is shown of it."""
     from infra.replaying import store
     from processors.replay.compare import compare
     from processors.replay.gathering import gather

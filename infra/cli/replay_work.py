@@ -135,10 +135,10 @@ class Wish(NamedTuple):
 
 
 class Interrupt:
-    """Ctrl-C, as a replay's run takes it."""
+    """Ctrl-C, as a replay's run takes it: who waits for it sets `asked`."""
 
-    def __init__(self) -> None:
-        self.asked = Stop(Console(stderr=True)).asked
+    def __init__(self, asked: asyncio.Event) -> None:
+        self.asked = asked
         self.orderly = False
         """Whether a planner is at work, which pauses by itself."""
 
@@ -165,25 +165,31 @@ async def planned(ctx: typer.Context, wish: Wish) -> tuple[Plan, Weighed, Estima
 async def begun(  # noqa: PLR0917
     ctx: typer.Context, wish: Wish, stop: Interrupt, name: str, workers: int, baseline: int, *, ask: bool, quiet: bool
 ) -> list[Outcome]:
-    """Make a replay, and its baseline, and see them through."""
-    strict = wish.mode == "strict"
-    async with at_work(ctx, judging=True, strict=strict, workers=workers) as (place, office):
-        chosen = office.name(name, wish.asked.name)
-        plan, weighed = await _weighed(office, wish.plan(await wish.asked.change(office, place, start=True)))
-        if not weighed.windows:
-            _nothing(weighed)
-        if ask:
-            await _ask_first(office, plan, weighed)
-        other = None
-        if plan.kind == "change" and not strict and baseline:
-            again = await office.drawn(_baseline(plan, baseline))
-            other = await office.make(office.name("", f"{chosen}-baseline"), again)
-            plan = msgspec.structs.replace(plan, baseline=other.replay_id)
-        made = await office.make(chosen, plan)
-        said = [await _see_through(office, made, place, stop, quiet=quiet)]
-        if other is not None and said[0].state == "done":
-            said.append(await _see_through(office, other, place, stop, quiet=quiet))
-        return said
+    """Start what a replay needs; make it, and its baseline, and see them through."""
+    async with at_work(ctx, judging=True, strict=wish.mode == "strict", workers=workers) as (place, office):
+        return await carried_out(office, place, wish, stop, name, baseline, ask=ask, quiet=quiet)
+
+
+async def carried_out(  # noqa: PLR0917
+    office: Office, place: Place, wish: Wish, stop: Interrupt, name: str, baseline: int, *, ask: bool, quiet: bool
+) -> list[Outcome]:
+    """As `begun`, where everything runs."""
+    chosen = office.name(name, wish.asked.name)
+    plan, weighed = await _weighed(office, wish.plan(await wish.asked.change(office, place, start=True)))
+    if not weighed.windows:
+        _nothing(weighed)
+    if ask:
+        await _ask_first(office, plan, weighed)
+    other = None
+    if plan.kind == "change" and plan.mode != "strict" and baseline:
+        again = await office.drawn(_baseline(plan, baseline))
+        other = await office.make(office.name("", f"{chosen}-baseline"), again)
+        plan = msgspec.structs.replace(plan, baseline=other.replay_id)
+    made = await office.make(chosen, plan)
+    said = [await _see_through(office, made, place, stop, quiet=quiet)]
+    if other is not None and said[0].state == "done":
+        said.append(await _see_through(office, other, place, stop, quiet=quiet))
+    return said
 
 
 async def resumed(  # noqa: PLR0917
@@ -258,7 +264,7 @@ def stoppable(settings: Settings, main: Callable[[Interrupt], Coroutine[Any, Any
     """As `run`; Ctrl-C pauses a replay that runs, and ends what only prepares one."""
 
     async def work() -> T:
-        stop = Interrupt()
+        stop = Interrupt(Stop(Console(stderr=True)).asked)
         task = asyncio.create_task(main(stop))
         asked = asyncio.create_task(stop.asked.wait())
         try:

@@ -48,6 +48,12 @@ async def test_the_demo_ends_with_everything_accounted_for(tmp_path: Path, monke
     assert records["dead_letters"] == 0
     assert not list((settings.data_dir / "status").glob("*.json")), "a process was left behind"
     holds_what_was_meant(said["stories"], shown.stdout)
+    again = said["replay"]
+    assert again["compared"] == records["risk_events"]
+    assert again["flips"] >= 1
+    assert again["noise_floor"] == 0, "it was recorded strictly"
+    assert "</h1>" in Path(again["report"]).read_text()
+    assert again["report"] in shown.stdout
     assert [(model["role"], model["toy"]) for model in said["models"]] == [("detector", True), ("analyst", True)]
 
     async with Installation(settings):  # the data stay, and the questions that the demo suggests have answers
@@ -69,6 +75,8 @@ async def test_the_demo_ends_with_everything_accounted_for(tmp_path: Path, monke
         assert "analyst: " in status
         assert status.count("a toy that comes with the demo") == 2
         await moves_as_the_second_prompt_says(settings)
+        diff = json.loads((await asyncio.to_thread(rewatch, "replay", "diff", "live", again["name"], "--json")).stdout)
+        assert (diff["compared"], diff["flips"]) == (again["compared"], again["flips"])
         second = await asyncio.to_thread(rewatch, "up")
         assert second.returncode == 0
         assert "already runs" in second.stdout + second.stderr
