@@ -18,6 +18,7 @@ from infra.config import Settings
 from infra.local.llama import threads_of
 from infra.local.supervisor import running
 from infra.models import library
+from processors.analyze.settings import LlmSettings
 from processors.telemetry.driver import driver_found
 from schemas.records import Replay, TopicMeta
 from streams.admin import ensure_topics
@@ -271,7 +272,7 @@ def build(settings: Settings, name: str, known: Cameras, prompts: Prompts, repla
         from processors.analyze.stage import build as build_analyze
 
         return build_analyze(
-            settings.llm,
+            judging(settings),
             prompt_of=prompts.of,
             weights=analyst(settings),
             conditions=conditions(settings),
@@ -280,7 +281,7 @@ def build(settings: Settings, name: str, known: Cameras, prompts: Prompts, repla
         from infra import rewatching
         from processors.analyze.stage import build_judge
 
-        judge = build_judge(settings.llm, weights=analyst(settings), conditions=conditions(settings))
+        judge = build_judge(judging(settings), weights=analyst(settings), conditions=conditions(settings))
         return rewatching.build(settings, replays, prompts, judge)
     if name == "sink":
         from processors.sink.stage import build as build_sink
@@ -325,6 +326,13 @@ def analyst(settings: Settings) -> Path:
         ModelError: a model of the catalogue that is not on this machine.
     """
     return Path(library.resolve(settings.llm.model_path, "llm", settings.data_dir))
+
+
+def judging(settings: Settings) -> LlmSettings:
+    """The `llm:` section with what it leaves open decided by what is on this machine."""
+    if settings.llm.live_alone is not None:
+        return settings.llm
+    return settings.llm.model_copy(update={"live_alone": settings.local_llm and not driver_found()})
 
 
 def conditions(settings: Settings) -> dict[str, str]:

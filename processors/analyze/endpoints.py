@@ -92,13 +92,15 @@ class Endpoints:
         slots: Callable[[int], int],
         canary: Callable[[Endpoint, PromptVersion], Awaitable[tuple[str | None, float]]],
         clock: Callable[[], float],
+        *,
+        live_alone: bool = False,
     ) -> None:
         self._slots = slots
         self._canary = canary
         self._clock = clock
         self._counter = 0
         self.all = [Endpoint(llm) for llm in llms]
-        self.gate = Gate(clock)
+        self.gate = Gate(clock, live_alone=live_alone)
         for endpoint in self.all:
             self.gate.expect(endpoint.name, slots(0))
 

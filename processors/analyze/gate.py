@@ -68,10 +68,17 @@ class _Call:
 
 
 class Gate:
-    """Slots of several places. `clock` gives seconds, monotonic."""
+    """Slots of several places.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    Args:
+        clock: seconds, monotonic.
+        live_alone: no replay call works where a live one does: each that is in hand gives way as one comes, also where
+            there is a slot. A server that shares its CPU among its slots would make both slower.
+    """
+
+    def __init__(self, clock: Callable[[], float], *, live_alone: bool = False) -> None:
         self._clock = clock
+        self._live_alone = live_alone
         self._places: dict[str, _Place] = {}
         self._waiting: list[_Call] = []
         self._working: list[_Call] = []
@@ -185,7 +192,8 @@ class Gate:
         kept: set[str] = set()
         for call in [call for call in self._waiting if not call.turn.done()]:  # others were cancelled just now
             call.place = ""
-            names = sorted((name for name in self._usable(call) if name not in kept), key=lambda n: self._load(n, call))
+            names = [name for name in self._usable(call) if name not in kept and not self._is_lives(name, call)]
+            names.sort(key=lambda name: self._load(name, call))
             if names and self._fits(call, names[0]):  # where the least busy has no room, none has
                 self._begin(call, names[0])
             elif names and call.alone:
@@ -202,11 +210,22 @@ class Gate:
         self._working.append(call)
         call.turn.set_result(None)
 
+    def _is_lives(self, name: str, call: _Call) -> bool:
+        """Whether the place is no place for a replay call now, as live ones are at work there."""
+        return (
+            self._live_alone
+            and call.priority is Priority.REPLAY
+            and any(one.place == name and one.priority is Priority.LIVE for one in self._working)
+        )
+
     def _make_room(self) -> None:
         """For each live call that got no slot cancel the youngest replay call where it could work.
 
         For one that must be alone cancel all where it will be.
         """
+        for call in self._working:
+            if call.priority is Priority.REPLAY and not call.gives_way and self._is_lives(call.place, call):
+                _give_way(call)
         going = sum([call.gives_way for call in self._working])
         for call in [one for one in self._waiting if one.priority is Priority.LIVE and not one.turn.done()]:
             places = [call.place] if call.place else self._usable(call)
@@ -219,9 +238,7 @@ class Gate:
                 going -= 1
                 replays = [max(replays, key=lambda one: one.ticket)] if replays and going < 0 else []
             for one in replays:
-                one.gives_way = True
-                if one.task is not None:
-                    one.task.cancel()
+                _give_way(one)
 
     def _usable(self, call: _Call) -> Sequence[str]:
         return [name for name, place in self._places.items() if place.open and name in call.among]
@@ -233,6 +250,12 @@ class Gate:
     def _load(self, name: str, call: _Call) -> tuple[float, bool]:
         place = self._places[name]
         return place.busy / place.slots, call.prefix not in place.prefixes
+
+
+def _give_way(call: _Call) -> None:
+    call.gives_way = True
+    if call.task is not None:
+        call.task.cancel()
 
 
 def _closed(call: _Call) -> ClosedError:

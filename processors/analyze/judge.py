@@ -172,7 +172,7 @@ class Judge:
         self._conditions = dict(conditions or {})
         self._wall = wall
         self._clock = clock
-        self._endpoints = Endpoints(llms, self._slots, self._canary, clock)
+        self._endpoints = Endpoints(llms, self._slots, self._canary, clock, live_alone=bool(settings.live_alone))
         self.gate = self._endpoints.gate
         self.metrics = AnalyzeMetrics(self._endpoints)
         self._cases: OrderedDict[tuple[str, str], _Case] = OrderedDict()

@@ -63,6 +63,12 @@ class LlmSettings(BaseModel):
         description="Requests at the same time, to each server: at most so many. Unset: as many as it says that it has "
         f"slots, {SLOTS} where it does not say (vLLM, Ollama, LM Studio). The embedded server is started with so many.",
     )
+    live_alone: bool | None = Field(
+        None,
+        description="Whether replays have no part of a server while it judges live windows: what they have in hand is "
+        "cancelled when one comes, and made again. Unset: where the embedded server runs without a GPU, for its slots "
+        "share the CPU's time. Elsewhere they give way only where every slot is taken.",
+    )
     prompt_cache: bool = Field(True, description="Let the server reuse work for a prefix that prompts share.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every request.")
     max_completion_tokens: int = Field(400, ge=16, description="Longest answer in tokens.")

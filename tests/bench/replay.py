@@ -86,7 +86,8 @@ async def measure(stack: LocalStack, progress: Callable[[float], None], *, quick
         beside_them = [other for number in range(_BESIDE) for other in _others(windows, f"{_BESIDE_PREFIX}{number}")]
         await _keep(SinkStage(store), [*windows, *beside_them])
         sections = {
-            "llm": {"url": stack.llm_url, "slots": slots},
+            # As the embedded server has it where there is no GPU.
+            "llm": {"url": stack.llm_url, "slots": slots, "live_alone": True},
             "clickhouse": {"url": stack.clickhouse_url, "database": store.connection.settings.database},
         }
         async with kit.running(home, "analyze", **sections) as config, _office(config) as office:

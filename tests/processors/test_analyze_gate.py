@@ -10,8 +10,8 @@ from processors.analyze.gate import BusyError, ClosedError, Gate, Held, Priority
 LIVE, SHADOW, REPLAY = Priority
 
 
-def gate_of(**slots: int) -> Gate:
-    gate = Gate(lambda: 0.0)
+def gate_of(*, live_alone: bool = False, **slots: int) -> Gate:
+    gate = Gate(lambda: 0.0, live_alone=live_alone)
     for name, count in slots.items():
         gate.expect(name, count)
         gate.open(name, count)
@@ -120,6 +120,26 @@ async def test_only_replay_gives_way_and_only_to_live(other):
     await calls.call("shadow", SHADOW)
     assert set(calls.at) == {"replay"}
     await calls.end("replay", "shadow")
+
+
+async def test_where_slots_share_a_cpu_replays_leave_the_place_to_live_calls_also_where_there_are_slots():
+    gate = gate_of(a=4, b=4, live_alone=True)
+    calls = Calls(gate, "ab")
+    for name, priority in (("first", REPLAY), ("second", REPLAY), ("shadow", SHADOW)):
+        await calls.call(name, priority, among="a")
+    await calls.call("elsewhere", REPLAY, among="b")
+    await calls.call("live", among="a")
+    assert calls.at == {"shadow": "a", "elsewhere": "b", "live": "a"}
+    await calls.call("third", REPLAY)
+    assert calls.at["third"] == "b", "another server has room for it"
+    await calls.call("more", among="a")
+    await calls.end("live")
+    assert set(calls.at) == {"shadow", "elsewhere", "third", "more"}
+    await calls.end("more")
+    assert set(calls.at) == {"shadow", "elsewhere", "third", "first", "second"}
+    assert gate.busy == 5
+    await calls.end("first", "second", "third", "shadow", "elsewhere")
+    assert gate.busy == 0
 
 
 async def test_a_replay_call_that_gives_way_before_it_began_begins_later():
