@@ -430,7 +430,13 @@ async def test_a_config_with_a_typo_ends_the_start_and_names_the_setting(here: W
 
 # Records that nobody can read, on every topic
 
-READ_BY = {"frames": "detect", "detections": "batch", "batches": "enrich", "contexts": "analyze"}
+READ_BY = {
+    "frames": "detect",
+    "detections": "batch",
+    "batches": "enrich",
+    "contexts": "analyze",
+    "replay_units": "replay",
+}
 """The stage that reads a topic, besides the sink."""
 
 
