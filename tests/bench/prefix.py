@@ -1,7 +1,7 @@
 """prefix_cache_share: which part of the prompts' tokens llama.cpp takes from its cache, over similar windows.
 
-A hundred windows, of one busy camera within an hour, go through the stage's own client and judge, under each prompt that
-comes with the product: what a prompt shares with the one that its slot worked on before need not be evaluated again. A
+A hundred windows, of one busy camera within an hour, go through the stage's own client and judge, under each prompt
+that comes with the product: what a prompt shares with the one that its slot worked on before is not evaluated again. A
 prompt has what is constant first, then camera and time; with the demo's tokenizer the default one has some 90 tokens,
 half of them constant, and the rest of what is shared is the beginning of the time: windows of two hours share 0.55. A
 longer prompt, as real models want it, shares more.
