@@ -1,12 +1,12 @@
 # The verbs of this project. Each makes .venv itself; they need only Python 3.11+ and make.
-.PHONY: demo test check bench bench-gpu eval chaos lock clean help
+.PHONY: demo test test-containers check bench bench-gpu eval chaos lock clean help
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo ok),$(p))))
 BIN := .venv/bin
 
 help: ## Show the verbs
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 # uv installs 140 packages in half a minute where pip takes five; pip itself only fetches uv.
 .venv/.ready: requirements.lock bootstrap.lock pyproject.toml
@@ -24,6 +24,9 @@ demo: .venv/.ready ## Play three cameras through the whole pipeline, show what i
 
 test: .venv/.ready ## Every test, on the real Kafka, ClickHouse engine and llama.cpp server, kills included
 	@$(BIN)/python -m pytest
+
+test-containers: .venv/.ready ## The compose files in real containers under podman; as root, ten minutes
+	@TEST_CONTAINERS=1 $(BIN)/python -m pytest tests/containers -s
 
 check: .venv/.ready ## Lint, types, import contracts, schema compatibility
 	@$(BIN)/ruff check .
@@ -48,6 +51,7 @@ chaos: .venv/.ready ## N faults at random under load, then an audit from outside
 
 lock: .venv/.ready ## Pin the newest versions that fit pyproject.toml
 	@$(BIN)/uv pip compile -q -U --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --extra dev pyproject.toml -o requirements.lock
+	@for i in processors detector; do $(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --constraint requirements.lock --excludes infra/images/$$i.without pyproject.toml infra/images/build.in -o infra/images/$$i.lock; done
 
 clean: ## Remove the environment and the local data
 	@rm -rf .venv .rewatch
