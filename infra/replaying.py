@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
+
 from infra import topology
 from infra.config import Settings
 from infra.installation import Installation, llama_settings, member_name, strictly
@@ -32,6 +34,9 @@ from streams.serving import SettingsError
 
 _READY_S = 600.0
 """As `infra.installation` has it: a machine that is busy with much else takes minutes to import a stage."""
+
+_TOLD_S = 5.0
+"""What a server has to say which model it serves: it knows without looking."""
 
 STRICT_FIX = (
     "a strict replay needs an LLM server with one slot and no prompt cache: stop `rewatch up` and try again, for then "
@@ -71,7 +76,8 @@ class Place:
         own = llama_settings(self.settings)
         settings = replace(own, model=model, port=port or free_port(), api_key="")
         spec = llama.spec(settings, setting_name="another port")
-        await self._start(replace(spec, name=f"llama-{settings.port}"))
+        # As with workers: where live stages are at work on the same cores, theirs comes first.
+        await self._start(replace(spec, name=f"llama-{settings.port}", nice=self._nice))
         return settings.url
 
     def use(self, supervisor: Supervisor) -> None:
@@ -92,6 +98,11 @@ class Place:
             supervisor = self._own
         await supervisor.add(*specs)
 
+    @property
+    def _nice(self) -> int:
+        """Where live stages are at work on the same cores, theirs comes first."""
+        return BEHIND if self._shared is None else 0
+
     def _worker(self, index: int) -> ProcessSpec:
         """A process `replay`, under a name in the group that neither `rewatch up` nor another command gives."""
         name = f"replay-{self._mark}-{index + 1}"
@@ -109,8 +120,7 @@ class Place:
             patient=True,
             ready=lambda: _joined(status),
             stalled=Watchdog(status).stalled,
-            # Where live stages are at work on the same cores, theirs comes first.
-            nice=BEHIND if self._shared is None else 0,
+            nice=self._nice,
             cleanup=lambda: status.unlink(missing_ok=True),
             ready_timeout=_READY_S,
         )
@@ -197,22 +207,36 @@ async def place(
 
 
 async def another_llm(where: Place, named: str) -> Llm:
-    """The LLM that `--model` names: an address, a GGUF file or a name of the catalogue, started here.
+    """The LLM that `--model` names, its server started here where it is a file.
+
+    Raises:
+        ModelError or PlanError: as `named_llm`.
+        StartError: its server cannot start.
+    """
+    llm = named_llm(where.settings, named)
+    return llm if llm.url else replace_llm(llm, await where.start_llm(Path(llm.model_path)))
+
+
+def named_llm(settings: Settings, named: str) -> Llm:
+    """The LLM that `--model` names: an address, a GGUF file or a name of the catalogue; a file has no address yet.
 
     Raises:
         ModelError: a name of the catalogue whose model is not on this machine.
-        PlanError: there is no such file.
-        StartError: its server cannot start.
+        PlanError: no address of a server, or there is no such file.
     """
     if named.startswith(("http://", "https://")):
         try:
-            return Llm(url=LlmSettings(url=named).url)
-        except ValueError as error:
+            asked = LlmSettings(url=named)
+            hosts = [httpx.URL(url).host for url in asked.urls]
+        except (ValueError, httpx.InvalidURL) as error:
             raise PlanError(f"--model {named}: no address of a server") from error
-    path = Path(library.resolve(named, "llm", where.settings.data_dir))
+        if not all(hosts):
+            raise PlanError(f"--model {named}: no address of a server")
+        return Llm(url=asked.url)
+    path = Path(library.resolve(named, "llm", settings.data_dir))
     if not path.is_file():
         raise PlanError(f"--model {named}: neither an address, nor a GGUF file, nor a name of `rewatch models ls`")
-    return Llm(url=await where.start_llm(path.resolve()), model_path=str(path.resolve()))
+    return Llm(url="", model_path=str(path.resolve()))
 
 
 def another_detector(settings: Settings, named: str) -> str:
@@ -231,15 +255,20 @@ def another_detector(settings: Settings, named: str) -> str:
 async def again(where: Place, llm: Llm | None) -> Llm | None:
     """The plan's LLM, its server started again where it was one of ours and is gone; on its old port, if that is free.
 
+    Whoever listens on the old port serves the plan's file, or is somebody else.
+
     Raises:
         StartError: it cannot start.
     """
     if llm is None or not llm.model_path:
         return llm
     host, _, port = llm.url.rpartition("//")[2].rpartition(":")
-    if host != llama.HOST or await accepts_connections(host, int(port)):
+    if host != llama.HOST:
         return llm
-    return replace_llm(llm, await where.start_llm(Path(llm.model_path), int(port)))
+    taken = await accepts_connections(host, int(port))
+    if taken and await _serves(llm):
+        return llm
+    return replace_llm(llm, await where.start_llm(Path(llm.model_path), None if taken else int(port)))
 
 
 def replace_llm(llm: Llm, url: str) -> Llm:
@@ -264,6 +293,16 @@ async def server(settings: Settings, llm: Llm | None) -> Server:
         return await client.server()
     finally:
         await client.close()
+
+
+async def _serves(llm: Llm) -> bool:
+    """Whether the server at the LLM's address says that it serves the LLM's file."""
+    try:
+        async with httpx.AsyncClient(trust_env=False, timeout=_TOLD_S) as client:
+            told = (await client.get(f"{llm.url}/props")).json()
+    except (httpx.HTTPError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("model_path") == llm.model_path
 
 
 async def _joined(status: Path) -> bool:

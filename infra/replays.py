@@ -3,14 +3,17 @@
 import asyncio
 import difflib
 import os
+import re
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple
 
 import msgspec
+import psutil
+import structlog
 from aiokafka import TopicPartition
 
 from infra import remembered, replaying, topology
@@ -22,6 +25,7 @@ from processors.replay import desk, history
 from processors.replay.cut import Cut
 from processors.replay.desk import ControlStates, KafkaLog, Log
 from processors.replay.history import MadeWindows, RecordedWindows, Timeline, Windows
+from processors.replay.ledger import AWAY
 from processors.replay.plan import Bound, Llm, Plan, PlanError, State, replay_id
 from processors.replay.planner import Planner, Ports, Progress
 from processors.replay.sorting import Judging, Sorter, Ways
@@ -31,9 +35,12 @@ from schemas.records import Replay, TopicMeta
 from streams.admin import ensure_topics
 from streams.claims import ClaimStore
 from streams.control import Cameras, ControlTable
+from streams.errors import FencedError, UncertainError
 from streams.kafka import Kafka
-from streams.prompts import Prompts
+from streams.prompts import Known, Prompts
 from streams.topics import partition_of
+
+log = structlog.get_logger(__name__)
 
 _SETTLE_S = 120.0
 """How long the end waits for ClickHouse to have what the log has: the sink takes a second, more on a busy machine."""
@@ -103,6 +110,15 @@ _FAILED = """
     AND key NOT IN (SELECT unit_id FROM replay_events WHERE replay_id = {replay:String})
     ORDER BY failed_at LIMIT 100
 """
+_LACKED = """
+    SELECT count() AS failed FROM dead_letters FINAL
+    WHERE stage = 'replay' AND kind = 'error' AND startsWith(ifNull(key, ''), {prefix:String})
+    AND position(message, {away:String}) > 0
+    AND key NOT IN (SELECT unit_id FROM replay_events WHERE replay_id = {replay:String})
+"""
+_PROCESS = re.compile(r"process (?P<pid>\d{1,9}) on (?P<host>\S+) \(")
+"""How a planner calls itself."""
+
 _FOREVER_MS = 10_413_791_999_999  # the last instant that ClickHouse can compare with
 
 
@@ -151,19 +167,19 @@ class Office:
         self._cameras = cameras
         self._metas = metas
         self._timeline: Timeline | None = None
-        self._forgotten: dict[str, PromptVersion] = {}
+        self._forgotten: dict[str, Known] = {}
 
     def find(self, text: str) -> Made:
         """The replay of this name (the newest, if several had it), id, or beginning of an id.
 
         Raises:
             UnknownReplayError: there is none, or a beginning is that of several.
-            PlanError: its plan cannot be read.
+            PlanError: its plan cannot be read. Others' plans need not be.
         """
-        steps = [step for step in self.table.all().values() if Plan.decode(step.plan).kind != "shadow"]
+        steps = [step for step in self.table.all().values() if not _is_shadow(step.plan)]
         found = choose(text, [(step.replay_id, step.name, step.updated_at) for step in steps])
         step = self.table.all()[found]
-        return Made(step.replay_id, step.name, Plan.decode(step.plan))
+        return Made(step.replay_id, step.name, plan_of(step.name, step.plan))
 
     def state(self, replay: str) -> State:
         """Where a replay is."""
@@ -236,21 +252,31 @@ class Office:
 
         return Judging(server.model, server.model_digest, conditions, parameters)
 
-    async def sorter(self, plan: Plan, judging: Judging) -> Sorter:
-        """What tells the windows to be judged from the others."""
+    async def sorter(self, plan: Plan, judging: Judging, *, judges: bool = False) -> Sorter:
+        """What tells the windows to be judged from the others; `judges`: they are going to be."""
         if self._timeline is None:
             self._timeline = await Timeline.read(self.store)
             self._forgotten = await remembered.versions(self.store, self.prompts.versions())
         versions = self.prompts.versions
 
         def prompt(digest: str) -> PromptVersion | None:
-            known = versions().get(digest)
-            return known.version if known is not None else self._forgotten.get(digest)
+            known = versions().get(digest) or self._forgotten.get(digest)
+            return known.version if known is not None else None
 
         async def said(wanted: Any) -> Any:
             return await history.said(self.store, wanted)
 
-        return Sorter(plan, judging, Ways(prompt, self._timeline.at, said))
+        return Sorter(plan, judging, Ways(prompt, self._timeline.at, said, self._put_back if judges else _not_judged))
+
+    async def _put_back(self, digests: Collection[str]) -> None:
+        """Put those of these prompt versions on the log that it has forgotten: workers look them up there."""
+        gone = [self._forgotten[digest] for digest in digests if digest in self._forgotten]
+        try:
+            await remembered.put_back(self.prompts, gone)
+        except FencedError as error:  # by writers of other prompts: nobody took the replay over
+            raise UncertainError(str(error)) from error
+        for known in gone:
+            del self._forgotten[known.version.digest]  # the log has it
 
     async def weigh(self, plan: Plan, judging: Judging) -> Weighed:
         """Go through the plan's windows as a planner would, and count.
@@ -283,11 +309,10 @@ class Office:
         windows = self.windows(made.plan)
         if made.plan.change.entry == "frames":
             log, windows = self._looking_again(made, log)
-        sorter = await self.sorter(made.plan, self.judging(made.plan, server))
-        await remembered.put_back(self.prompts, self._forgotten.values())
+        sorter = await self.sorter(made.plan, self.judging(made.plan, server), judges=True)
         urls = 1 if made.plan.change.llm is not None else len(self.settings.llm.urls)
         slots = (server.slots or self.settings.llm.slots or SLOTS) * urls
-        who = f"process {os.getpid()} on {socket.gethostname()} ({secrets.token_hex(3)})"
+        who = f"process {os.getpid()} on {socket.gethostname()} ({secrets.token_hex(3)})"  # `has_ended` reads it
         ports = Ports(
             log=log,
             states=self._states(made),
@@ -333,6 +358,11 @@ class Office:
         [row] = await self.store.rows(_IDENTICAL, replay=replay)
         return row["compared"], row["identical"]
 
+    async def lacked_llm(self, replay: str) -> bool:
+        """Whether units of the replay failed because its LLM was away: resumed, it makes them again."""
+        [row] = await self.store.rows(_LACKED, replay=replay, prefix=f"{replay}:", away=AWAY)
+        return bool(row["failed"])
+
     async def _finished(self, replay: str) -> list[tuple[str, bool, int]]:
         rows = await self.store.rows(_FINISHED, replay=replay)
         return [(row["batch_id"], row["reused"], row["tokens"]) for row in rows]
@@ -356,6 +386,10 @@ class Office:
         return ControlStates(self.table, made.replay_id, made.name, made.plan)
 
 
+async def _not_judged(_: Collection[str]) -> None:
+    """Only a plan: nothing is written."""
+
+
 @asynccontextmanager
 async def office(settings: Settings) -> AsyncIterator[Office]:
     """An office on the log and ClickHouse of the settings, which must answer.
@@ -372,13 +406,57 @@ async def office(settings: Settings) -> AsyncIterator[Office]:
 
 
 async def listed(store: Queries) -> list[Row]:
-    """Every replay with its state and counts, the newest first, shadows left out. `plan` is read, `why` what failed."""
+    """Every replay with its state and counts, the newest first, shadows left out; `plan` is read.
+
+    `gone` says whether it seems to run, but its planner ended. One whose plan cannot be read is left out, and said.
+    """
     rows = []
     for row in await store.rows(_LISTED):
-        plan = Plan.decode(row["plan"])
-        if plan.kind != "shadow":
-            rows.append(row | {"plan": plan})
+        try:
+            plan = plan_of(row["name"], row["plan"])
+        except PlanError as error:
+            log.warning("replay left out", replay=row["replay_id"], why=str(error))
+        else:
+            rows += [_read(row, plan)] if plan.kind != "shadow" else []
     return rows
+
+
+async def one(store: Queries, text: str) -> Row:
+    """One replay as `listed` has it, by its name, its id or the beginning of one.
+
+    Raises:
+        UnknownReplayError: as `choose`.
+        PlanError: its plan cannot be read. Others' plans need not be.
+    """
+    rows = {row["replay_id"]: row for row in await store.rows(_LISTED) if not _is_shadow(row["plan"])}
+    row = rows[choose(text, [(row["replay_id"], row["name"], row["began"]) for row in rows.values()])]
+    return _read(row, plan_of(row["name"], row["plan"]))
+
+
+def _read(row: Row, plan: Plan) -> Row:
+    return row | {"plan": plan, "gone": row["state"] == "running" and has_ended(row["detail"])}
+
+
+def plan_of(name: str, text: str) -> Plan:
+    """The plan of the replay of this name.
+
+    Raises:
+        PlanError: it cannot be read.
+    """
+    try:
+        return Plan.decode(text)
+    except PlanError as error:
+        raise PlanError(
+            f"the plan of {name} cannot be read: a newer version wrote it, or it is broken: {error}"
+        ) from error
+
+
+def _is_shadow(text: str) -> bool:
+    """Whether a plan is a shadow's, as far as it can be read."""
+    try:
+        return Plan.decode(text).kind == "shadow"
+    except PlanError:
+        return False
 
 
 async def failures(store: Queries, replay: str) -> list[Row]:
@@ -405,6 +483,12 @@ def choose(text: str, known: Sequence[tuple[str, str, Any]]) -> str:
     near = difflib.get_close_matches(text, names, n=3, cutoff=0.4) or names[:5]
     others = f"; there are, among others: {', '.join(near)}" if near else ""
     raise UnknownReplayError(f"there is no replay {text!r}{others}; `rewatch replay ls` lists them")
+
+
+def has_ended(who: str) -> bool:
+    """Whether a planner that calls itself so was a process of this machine that is gone; False where nobody knows."""
+    found = _PROCESS.match(who)
+    return found is not None and found["host"] == socket.gethostname() and not psutil.pid_exists(int(found["pid"]))
 
 
 def with_llm(made: Made, llm: Llm | None) -> Made:

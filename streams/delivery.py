@@ -291,7 +291,8 @@ class Ownership:
             error=type(error.__cause__ or error).__name__,
             message=_text(str(error), _MESSAGE),
             attempt=record.attempts + attempt,
-            key=record.key if inline else None,
+            # Who asked for the record knows it by its key: that stays, cut where it is no name any more.
+            key=record.key if inline or record.key is None else record.key[:_NAME],
             value=record.value if inline else None,
             # Above the limit the log itself is the claim: it names where the record lies, last.
             claim=None if inline else f"log:{record.origin}",

@@ -478,7 +478,7 @@ def promote(  # noqa: PLR0917
         named = {"replay_id": strength.replay_id, "name": strength.name} if strength is not None else None
         print_json({"digest": found.digest, "name": found.name, "scope": scope, "changed": moved, "evidence": named})
     elif moved:
-        why = f" on the strength of {printable(_called(strength))}" if strength is not None else ""
+        why = f", on the strength of {printable(_called(strength))}" if strength is not None else ""
         typer.echo(
             f"{short(found)} judges {_cameras_of(scope)} from the next window on{why}; `{undo(scope)}` undoes it"
         )

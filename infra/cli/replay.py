@@ -180,7 +180,8 @@ def run(  # noqa: PLR0917
     never without a change, which measures the noise, and never by --mode strict. Nothing of it can alert. Ctrl-C pauses
     in order; killed at whatever instant, `replay resume` goes on, and no window is judged twice.
 
-    Exit code 1 where no window fits, or a strict replay was not the same.
+    Exit code 1 where no window fits, or where a strict replay does not show that every answer is the same: windows
+    failed, verdicts differ or could not be compared, or it was paused.
     """
     from infra.cli import replay_work
 
@@ -207,7 +208,8 @@ def resume(  # noqa: PLR0917
 ) -> None:
     """Go on with a replay that was paused, killed or failed.
 
-    Then with its baseline, where that is not done. It takes over from whoever runs it.
+    Windows that failed because its LLM was away are judged after all. Then with its baseline, where that is not done.
+    It takes over from whoever runs it.
     """
     from infra.cli import replay_work
 
@@ -304,7 +306,7 @@ def _tell(said: "list[Outcome]", *, as_json: bool) -> None:
             raise typer.Exit(INTERRUPTED)
         if one.state not in {"done", "paused"}:
             raise typer.Exit(NO)
-        if one.strict is not None and not 0 < one.strict[0] == one.strict[1]:
+        if one.unproven:
             raise typer.Exit(NO)
 
 

@@ -347,13 +347,16 @@ class _Printing:
 
 
 def _side(letter: str, side: "Side") -> Text:
+    from processors.replay.conclusion import counted
+
     def named(counts: Iterable[str], names: Mapping[str, str]) -> str:
         return ", ".join(names.get(one) or one[:_DIGEST] or "unknown" for one in counts) or "none"
 
     about = "what was said live" if side.id == "live" else f"{side.kind or 'replay'} ({side.state}), {side.change}"
     reused = f", {side.reused} of them reused" if side.reused else ""
     prompts, models = named(side.prompts, side.prompt_names), named(side.models, side.model_names)
-    made = f"{side.verdicts} verdicts, {side.alarms} alarms{reused}; prompt {prompts}; model {models}"
+    said = f"{counted(side.verdicts, 'verdict')}, {counted(side.alarms, 'alarm')}{reused}"
+    made = f"{said}; prompt {prompts}; model {models}"
     return Text.assemble((f"{letter}  {printable(side.name)}: ", "bold"), printable(f"{about}; {made}"))
 
 

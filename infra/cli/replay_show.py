@@ -20,6 +20,9 @@ NAMED = 10
 """Windows left out or failed that are named on a terminal; `--json` names more."""
 
 
+_GONE = ", but its planner ended: resume it"
+
+
 def print_rows(rows: "list[Row]", time_zone: str) -> None:
     """Replays, a line each."""
     print_table(
@@ -29,7 +32,7 @@ def print_rows(rows: "list[Row]", time_zone: str) -> None:
                 row["name"],
                 row["replay_id"],
                 _what(row["plan"]),
-                row["state"],
+                row["state"] + (_GONE if row["gone"] else ""),
                 row["plan"].windows,
                 row["judged"],
                 row["reused"],
@@ -50,7 +53,7 @@ def print_row(row: "Row", failed: "list[Row]", time_zone: str) -> None:
         ("what", _what(plan)),
         ("windows of", _which(plan.scope, time_zone)),
         ("mode", f"{plan.kind}, {plan.mode}, share {plan.share:g}"),
-        ("state", f"{row['state']}{': ' + row['detail'] if row['detail'] else ''}"),
+        ("state", f"{row['state']}{': ' + row['detail'] if row['detail'] else ''}{_GONE if row['gone'] else ''}"),
         ("began", when(row["began"], time_zone)),
         ("windows", f"{plan.windows}: {row['judged']} judged, {row['reused']} reused, {row['failed']} failed"),
         ("tokens", f"{row['tokens']} in {row['llm_ms'] / 1000:.0f} s of the LLM"),
@@ -74,6 +77,8 @@ def print_outcome(one: "Outcome") -> None:
     if one.strict is not None:
         compared, identical = one.strict
         typer.echo(f"  strict: {identical} of {compared} verdicts are the same byte for byte, by {told.judged} calls")
+    if one.unproven:
+        typer.echo(f"  strict: it does not show that the answers are the same: {one.unproven}", err=True)
     for kind, named in (("left out", one.left_out), ("failed", one.failures)):
         for name, why in list(named.items())[:NAMED]:
             typer.echo(f"  {kind}  {printable(name)}: {printable(why)}")
@@ -116,6 +121,7 @@ def outcome_plain(one: "Outcome") -> dict[str, Any]:
         "why_left_out": one.left_out,
         "failures": one.failures,
         **({"compared": one.strict[0], "identical": one.strict[1]} if one.strict is not None else {}),
+        **({"unproven": one.unproven} if plan.mode == "strict" else {}),
     }
 
 

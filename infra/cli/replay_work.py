@@ -24,6 +24,7 @@ from infra.replaying import Place
 from infra.replays import Made, Office, UnknownReplayError, Weighed
 from processors.analyze.port import Server
 from processors.analyze.settings import SLOTS
+from processors.detect.settings import ModelError
 from processors.replay.estimate import Estimate, estimate, measure
 from processors.replay.plan import ENDED, Change, Llm, Plan, PlanError, Scope, State
 from processors.replay.planner import EndedError, Progress, TakenOverError
@@ -58,7 +59,29 @@ class Outcome(NamedTuple):
     stopped: bool
     """Whether Ctrl-C paused it."""
     strict: tuple[int, int] | None
-    """Of a strict run without a change: verdicts compared, and those that were the same."""
+    """Of a strict run without a change that came to its end: verdicts compared, and those that were the same."""
+
+    @property
+    def unproven(self) -> str:
+        """Why a strict run without a change does not show that the answers are the same; empty where it does."""
+        if not is_proof(self.made.plan):
+            return ""
+        compared, identical = self.strict or (0, 0)
+        judged = self.progress.judged
+        found = {
+            f"it is {self.state}": self.state != "done",
+            f"{self.progress.failed} windows failed": bool(self.progress.failed),
+            "ClickHouse does not have all verdicts yet": not self.settled,
+            "no verdict was compared": self.strict is not None and not compared,
+            f"{judged - compared} of {judged} verdicts were not compared": 0 < compared != judged,
+            f"{compared - identical} of {compared} verdicts differ": identical != compared,
+        }
+        return "; ".join(why for why, holds in found.items() if holds)
+
+
+def is_proof(plan: Plan) -> bool:
+    """Whether a replay is to show that the same question has the same answer."""
+    return plan.mode == "strict" and not plan.change.prompt
 
 
 class Asked(NamedTuple):
@@ -101,7 +124,7 @@ class Asked(NamedTuple):
             digest = version.digest
         llm = None
         if self.model is not None:
-            llm = await replaying.another_llm(place, self.model) if start else Llm(url="", model_path=self.model)
+            llm = await replaying.another_llm(place, self.model) if start else _unstarted(place.settings, self.model)
         return Change(
             prompt=digest,
             llm=llm,
@@ -110,6 +133,14 @@ class Asked(NamedTuple):
             max_ms=self.max_ms,
             detector=replaying.another_detector(place.settings, self.detector) if self.detector else "",
         )
+
+
+def _unstarted(settings: Settings, named: str) -> Llm:
+    """The LLM that `--model` names, of which nothing runs here yet; a model may be planned before it is pulled."""
+    try:
+        return replaying.named_llm(settings, named)
+    except ModelError:
+        return Llm(url="", model_path=named)
 
 
 class Wish(NamedTuple):
@@ -210,7 +241,7 @@ async def resumed(  # noqa: PLR0917
         if state == "cancelled":
             fail(f"{made.name} was cancelled: `rewatch replay run` begins another", NO)
         said: list[Outcome] = []
-        if state != "done":
+        if state != "done" or await office.lacked_llm(made.replay_id):
             plan = msgspec.structs.replace(
                 made.plan, share=share or made.plan.share, max_tokens=max_tokens or made.plan.max_tokens
             )
@@ -244,10 +275,8 @@ async def listed(settings: Settings) -> list[Row]:
 async def shown(settings: Settings, replay: str) -> tuple[Row, list[Row]]:
     """One replay, and its units that could not be judged."""
     async with replaying.store(settings), aclosing(Queries(settings.clickhouse)) as store:
-        rows = await replays.listed(store)
-        found = replays.choose(replay, [(row["replay_id"], row["name"], row["began"]) for row in rows])
-        row = next(row for row in rows if row["replay_id"] == found)
-        return row, await replays.failures(store, found)
+        row = await replays.one(store, replay)
+        return row, await replays.failures(store, row["replay_id"])
 
 
 def run(settings: Settings, main: Callable[[], Coroutine[Any, Any, T]], doing: str) -> T:
@@ -296,20 +325,19 @@ async def _is_strict(settings: Settings, replay: str) -> bool:
     if running(settings.data_dir):
         async with replays.office(settings) as office:
             return office.find(replay).plan.mode == "strict"
-    rows = await listed(settings)
     with contextlib.suppress(UnknownReplayError):  # the log may know it, and says so otherwise
-        found = replays.choose(replay, [(row["replay_id"], row["name"], row["began"]) for row in rows])
-        return any(row["replay_id"] == found and row["plan"].mode == "strict" for row in rows)
+        row, _ = await shown(settings, replay)
+        return bool(row["plan"].mode == "strict")
     return False
 
 
 async def _weighed(office: Office, plan: Plan) -> tuple[Plan, Weighed]:
     """The plan with its bounds and counts."""
     drawn = await office.drawn(plan)
-    try:
-        server = await replaying.server(office.settings, plan.change.llm)
-    except UnavailableError:  # a plan without its LLM does not know what could be reused
-        server = Server("", "", 0, 0, "")
+    server = Server("", "", 0, 0, "")  # a plan without its LLM does not know what could be reused
+    if plan.change.llm is None or plan.change.llm.url:
+        with contextlib.suppress(UnavailableError):
+            server = await replaying.server(office.settings, plan.change.llm)
     weighed = await office.weigh(drawn, office.judging(drawn, server))
     return msgspec.structs.replace(drawn, windows=weighed.windows), weighed
 
@@ -362,7 +390,7 @@ async def _see_through(office: Office, made: Made, place: Place, stop: Interrupt
             state, why = error.state or "failed", str(error)
     seconds = time.monotonic() - began
     settled = await office.settle(made.replay_id, len(planner.ledger.judged) + len(planner.ledger.reused))
-    checks = state == "done" and made.plan.mode == "strict" and not made.plan.change.prompt
+    checks = state == "done" and is_proof(made.plan)
     return Outcome(
         made,
         state,

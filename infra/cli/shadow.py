@@ -105,8 +105,9 @@ def start(  # noqa: PLR0917 (typer makes options of parameters)
         print_json({"replay_id": made.replay_id, "name": made.name, "prompt": found.digest, "share": share})
         return
     whose = f"camera {', '.join(camera)}" if camera else "all cameras"
+    part = f"{100 * share:.4g} %"
     typer.echo(
-        f"{made.name} ({made.replay_id}): {short(found)} judges {share:.4g} of the live windows of {whose} too, "
+        f"{made.name} ({made.replay_id}): {short(found)} judges {part} of the live windows of {whose} too, "
         f"from now on; `rewatch shadow ls` tells what it says, `rewatch shadow stop {shlex.quote(made.name)}` ends it"
     )
     if not _at_work(settings):

@@ -5,16 +5,19 @@ canary. Work goes on with the others. Beside it the one that is set aside is ask
 less often; it comes back when it answers, and judges the canary that it failed. One that says who it is and refuses
 work comes back by a canary too. With no other left, whoever has work asks those that are away at once, and waits for
 the first that is well; a canary that failed has its pause also then, for it costs what a window costs.
+
+A canary is work of whoever waits for it, the most urgent of them: that of a replay gives way to live windows, until
+a live one waits for it.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import structlog
 
-from processors.analyze.gate import Gate
+from processors.analyze.gate import Gate, Priority, Urgency
 from processors.analyze.port import Llm, Server
 from schemas.prompts import PromptVersion
 from streams.errors import UnavailableError
@@ -35,6 +38,17 @@ class Canary(NamedTuple):
     began: int
     failure: str | None
     took_s: float
+
+
+class Caller(NamedTuple):
+    """Who needs a server."""
+
+    priority: Priority = Priority.LIVE
+    patience_s: float | None = None
+    """How long to wait for a slot; None: without limit."""
+
+
+LIVE = Caller()
 
 
 class Pause:
@@ -66,7 +80,11 @@ class Endpoint:
         """The last one of each prompt, by digest."""
         self.lock = asyncio.Lock()
         """One canary at a time."""
-        self.checks: dict[str, asyncio.Task[None]] = {}
+        self.waits: list[Priority] = []
+        """Whose work waits for a canary here, of any prompt."""
+        self.urgency: Urgency | None = None
+        """How urgent the canary is that is being judged."""
+        self.checks: dict[str, asyncio.Task[UnavailableError | None]] = {}
         self.pause = Pause()
         """Before it is asked again while it is away."""
         self.pauses: dict[str, Pause] = {}
@@ -83,14 +101,27 @@ class Endpoint:
         return pause is None or now >= pause.until
 
 
+class JudgeCanary(Protocol):
+    """Judges the stored window on a server: why that failed, or None, and how long it took, seconds."""
+
+    async def __call__(
+        self, endpoint: Endpoint, prompt: PromptVersion, urgency: Urgency, patience_s: float | None
+    ) -> tuple[str | None, float]:
+        """Judge it.
+
+        Raises:
+            UnavailableError: work that comes first (`live`) has had every slot for `patience_s`.
+        """
+
+
 class Endpoints:
-    """All servers, and the gate to them. `canary` judges the stored window: why that failed, or None, and seconds."""
+    """All servers, and the gate to them."""
 
     def __init__(
         self,
         llms: Sequence[Llm],
         slots: Callable[[int], int],
-        canary: Callable[[Endpoint, PromptVersion], Awaitable[tuple[str | None, float]]],
+        canary: JudgeCanary,
         clock: Callable[[], float],
         *,
         live_alone: bool = False,
@@ -147,38 +178,47 @@ class Endpoints:
         """The endpoints that judge with this prompt, as far as known."""
         return [endpoint for endpoint in self.all if endpoint.fault(prompt) is None]
 
-    async def find(self, prompt: PromptVersion) -> list[Endpoint]:
+    async def find(self, prompt: PromptVersion, caller: Caller = LIVE) -> list[Endpoint]:
         """The endpoints that judge with this prompt; while there are none, all that are away are asked.
 
         Raises:
-            UnavailableError: none does.
+            UnavailableError: none does, or it is not known as work that comes first (`live`) has every slot.
         """
         well = self.well(prompt)
         ill = [endpoint for endpoint in self.all if endpoint not in well]
         now = self._clock()
-        asked = {self._check(one, prompt) for one in ill if one.due(prompt, now) or (not well and one.away is not None)}
+        asked = {
+            self._check(one, prompt, caller)
+            for one in ill
+            if one.due(prompt, now) or (not well and one.away is not None)
+        }
+        behind: UnavailableError | None = None
         while asked and not well:
             done, asked = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                task.result()  # whatever it raises is a mistake of ours
+                behind = task.result() or behind  # whatever it raises is a mistake of ours
             well = self.well(prompt)
         if not well:
-            raise UnavailableError("llm", "; ".join(str(endpoint.fault(prompt)) for endpoint in ill))
+            raise behind or UnavailableError("llm", "; ".join(str(endpoint.fault(prompt)) for endpoint in ill))
         return well
 
-    async def prove(self, endpoint: Endpoint, prompt: PromptVersion, since: int) -> None:
+    async def prove(self, endpoint: Endpoint, prompt: PromptVersion, since: int, caller: Caller = LIVE) -> None:
         """Return once a canary that began there after `since` was good. Who asks at the same time shares one.
 
         Raises:
-            UnavailableError: it failed, or did and has its pause; the endpoint is set aside for this prompt.
+            UnavailableError: it failed, or did and has its pause; the endpoint is set aside for this prompt. Or work
+                that comes first (`live`) has every slot.
         """
         asked = self.tick()
-        async with endpoint.lock:
-            last = endpoint.canaries.get(prompt.digest)
-            if last is None or (
-                last.began <= since if last.failure is None else last.began <= asked and self._may_ask(endpoint, prompt)
-            ):
-                last = endpoint.canaries[prompt.digest] = await self._judge(endpoint, prompt)
+        with self._waiting(endpoint, caller.priority):
+            async with endpoint.lock:
+                last = endpoint.canaries.get(prompt.digest)
+                if last is None or (
+                    last.began <= since
+                    if last.failure is None
+                    else last.began <= asked and self._may_ask(endpoint, prompt)
+                ):
+                    last = endpoint.canaries[prompt.digest] = await self._judge(endpoint, prompt, caller.patience_s)
         if last.failure is not None:
             raise UnavailableError("llm", last.failure)
 
@@ -191,31 +231,61 @@ class Endpoints:
         for endpoint in self.all:
             await endpoint.llm.close()
 
-    def _check(self, endpoint: Endpoint, prompt: PromptVersion) -> asyncio.Task[None]:
-        """The task that finds out whether it is well again; who asks at the same time shares it."""
+    def _check(
+        self, endpoint: Endpoint, prompt: PromptVersion, caller: Caller
+    ) -> "asyncio.Task[UnavailableError | None]":
+        """The task that finds out whether it is well again; who asks at the same time shares it.
+
+        It gives what kept it from finding out; None where it knows now.
+        """
         if prompt.digest not in endpoint.checks:
-            task = asyncio.create_task(self._ask(endpoint, prompt))
+            task = asyncio.create_task(self._ask(endpoint, prompt, caller))
             endpoint.checks[prompt.digest] = task
             task.add_done_callback(lambda _: endpoint.checks.pop(prompt.digest, None))
-        return endpoint.checks[prompt.digest]
+        task = endpoint.checks[prompt.digest]
+        waiting = contextlib.ExitStack()
+        waiting.enter_context(self._waiting(endpoint, caller.priority))
+        task.add_done_callback(lambda _: waiting.close())
+        return task
 
-    async def _ask(self, endpoint: Endpoint, prompt: PromptVersion) -> None:
-        with contextlib.suppress(UnavailableError):  # it says so of itself
+    async def _ask(self, endpoint: Endpoint, prompt: PromptVersion, caller: Caller) -> UnavailableError | None:
+        try:
             await self.server(endpoint)
             if endpoint.fault(prompt) is not None:
-                await self.prove(endpoint, prompt, since=self.tick())
-            if endpoint.pause.failures:
-                log.info("llm is back", endpoint=endpoint.name)
-            endpoint.pause = Pause()
+                await self.prove(endpoint, prompt, self.tick(), caller)
+        except UnavailableError as error:  # where it is away or fails, it says so of itself
+            return error if error.waiting_on == "live" else None
+        if endpoint.pause.failures:
+            log.info("llm is back", endpoint=endpoint.name)
+        endpoint.pause = Pause()
+        return None
+
+    @contextlib.contextmanager
+    def _waiting(self, endpoint: Endpoint, priority: Priority) -> Iterator[None]:
+        """While work of this priority waits for a canary there: none is judged as less urgent work.
+
+        That counts also for another prompt's, as there is one at a time.
+        """
+        endpoint.waits.append(priority)
+        if endpoint.urgency is not None:
+            self.gate.hasten(endpoint.urgency, priority)
+        try:
+            yield
+        finally:
+            endpoint.waits.remove(priority)
 
     def _may_ask(self, endpoint: Endpoint, prompt: PromptVersion) -> bool:
         """Whether a canary that failed may be judged again. One that is away is asked first who it is: cheap."""
         return endpoint.away is not None or endpoint.due(prompt, self._clock())
 
-    async def _judge(self, endpoint: Endpoint, prompt: PromptVersion) -> Canary:
+    async def _judge(self, endpoint: Endpoint, prompt: PromptVersion, patience_s: float | None) -> Canary:
         """Have a canary judged."""
         began = self.tick()
-        failure, took_s = await self._canary(endpoint, prompt)
+        endpoint.urgency = Urgency(min(endpoint.waits))
+        try:
+            failure, took_s = await self._canary(endpoint, prompt, endpoint.urgency, patience_s)
+        finally:
+            endpoint.urgency = None
         if failure is None:
             endpoint.doubt = None
             endpoint.pauses.pop(prompt.digest, None)

@@ -31,6 +31,13 @@ class BusyError(Exception):
     """No slot came in the time that the call had for it."""
 
 
+class Urgency:
+    """Whose work a call is, where a more urgent one may come to wait for it (`Gate.hasten`)."""
+
+    def __init__(self, priority: Priority) -> None:
+        self.priority = priority
+
+
 class Held(NamedTuple):
     """What a call got."""
 
@@ -54,7 +61,7 @@ class _Place:
 class _Call:
     """One call, waiting or at work."""
 
-    priority: Priority
+    urgency: Urgency
     ticket: int
     among: frozenset[str]
     alone: bool
@@ -65,6 +72,14 @@ class _Call:
     need: int = 1
     task: "asyncio.Task[Any] | None" = None
     gives_way: bool = False
+
+    @property
+    def priority(self) -> Priority:
+        return self.urgency.priority
+
+    @property
+    def order(self) -> tuple[Priority, int]:
+        return self.priority, self.ticket
 
 
 class Gate:
@@ -119,7 +134,7 @@ class Gate:
         work: Callable[[Held], Coroutine[Any, Any, T]],
         *,
         among: Collection[str],
-        priority: Priority = Priority.LIVE,
+        priority: Priority | Urgency = Priority.LIVE,
         alone: bool = False,
         prefix: Hashable = None,
         patience_s: float | None = None,
@@ -132,7 +147,7 @@ class Gate:
         Args:
             work: What to do.
             among: The places that will do.
-            priority: Whose work it is.
+            priority: Whose work it is; an `Urgency` where that may change.
             alone: Hold every slot of the place.
             prefix: Names what its prompt begins with. Of equally busy places one that worked on it last is taken.
             patience_s: How long to wait for a slot, each time it needs one; None: without limit.
@@ -144,9 +159,10 @@ class Gate:
         began = self._clock()
         self._tickets += 1
         ticket = self._tickets
+        urgency = priority if isinstance(priority, Urgency) else Urgency(priority)
         while True:
             turn = asyncio.get_running_loop().create_future()
-            call = _Call(priority, ticket, frozenset(among), alone, prefix, turn)
+            call = _Call(urgency, ticket, frozenset(among), alone, prefix, turn)
             try:
                 async with asyncio.timeout(patience_s):
                     await self._enter(call)
@@ -164,10 +180,17 @@ class Gate:
             finally:
                 self._leave(call)
 
+    def hasten(self, urgency: Urgency, priority: Priority) -> None:
+        """From now on the call of this urgency is work of that priority, if that comes before its own."""
+        if priority < urgency.priority:
+            urgency.priority = priority
+            self._waiting.sort(key=lambda one: one.order)
+            self._serve()
+
     async def _enter(self, call: _Call) -> None:
         if not self._usable(call):
             raise _closed(call)
-        insort(self._waiting, call, key=lambda one: (one.priority, one.ticket))
+        insort(self._waiting, call, key=lambda one: one.order)
         self._serve()
         try:
             await call.turn

@@ -27,9 +27,9 @@ import structlog
 from processors.analyze import answers, core
 from processors.analyze.answers import UnusableError, Verdict
 from processors.analyze.core import Answered, Rendered
-from processors.analyze.endpoints import Endpoint, Endpoints
+from processors.analyze.endpoints import LIVE, Caller, Endpoint, Endpoints
 from processors.analyze.fitting import Count, budget, fit
-from processors.analyze.gate import BusyError, ClosedError, Held, Priority
+from processors.analyze.gate import BusyError, ClosedError, Held, Priority, Urgency
 from processors.analyze.metrics import AnalyzeMetrics
 from processors.analyze.port import AttemptError, Completion, Llm
 from processors.analyze.settings import SLOTS, LlmSettings
@@ -195,8 +195,9 @@ class Judge:
     ) -> RiskEvent:
         """The window's event. `key` names the item across calls: what was tried in vain is counted under it.
 
-        Of priority `REPLAY`, an attempt may be cancelled for live work: it begins anew when there is a slot, with its
-        whole deadline, and that is held against nobody. `patience_s`: how long to wait for a slot before saying so.
+        Of priority `REPLAY`, an attempt, or a canary that nobody else waits for, may be cancelled for live work: it
+        begins anew when there is a slot, with its whole deadline, and that is held against nobody. `patience_s`: how
+        long to wait for a slot before saying so.
 
         Raises:
             UnprocessableError: it was given its chances while the server was well; `detail` says what is known.
@@ -207,16 +208,16 @@ class Judge:
             core.variables(context)
         except ValueError as error:
             raise UnprocessableError(str(error), camera_id=context.camera_id) from error
-        name = (key, prompt.digest)
+        name, caller = (key, prompt.digest), Caller(priority, patience_s)
         case = self._cases.get(name) or _Case()
         while True:
-            await self._settle(case, prompt)
+            await self._settle(case, prompt, caller)
             if case.closed:
                 self._cases.pop(name, None)
                 raise self._give_up(case, context, prompt)
             # This asks servers that are not known yet, before the slot: reading 30 GB of weights for their digest takes
             # a minute, once, and no item's time.
-            well = await self._endpoints.find(prompt)
+            well = await self._endpoints.find(prompt, caller)
             try:
                 verdict, answered = await self.gate.run(
                     partial(self._attempt, context, prompt, case),
@@ -229,7 +230,7 @@ class Judge:
             except ClosedError:
                 continue
             except BusyError as error:
-                raise UnavailableError("live", f"windows that come first have every slot: {error}") from error
+                raise _behind(error) from error
             except UnavailableError:
                 if not self._endpoints.well(prompt):
                     raise
@@ -259,7 +260,7 @@ class Judge:
                     run=run,
                 )
 
-    async def blames(self, prompt: PromptVersion, other: PromptVersion) -> str | None:
+    async def blames(self, prompt: PromptVersion, other: PromptVersion, caller: Caller = LIVE) -> str | None:
         """Why a version is at fault, and not the servers, when they do not judge with it; None where that is not shown.
 
         It is blamed as an item is: where servers that answer have failed its canary `ATTEMPTS` times, and were good
@@ -273,7 +274,7 @@ class Judge:
             if canary is None or canary.failure is None or pause is None or pause.failures < ATTEMPTS:
                 return None
             try:
-                await self._endpoints.prove(endpoint, other, since=canary.began)
+                await self._endpoints.prove(endpoint, other, canary.began, caller)
             except UnavailableError:
                 return None
             blamed = canary.failure
@@ -285,22 +286,22 @@ class Judge:
         if not self._holders:
             await self._endpoints.close()
 
-    async def _settle(self, case: _Case, prompt: PromptVersion) -> None:
+    async def _settle(self, case: _Case, prompt: PromptVersion, caller: Caller) -> None:
         """Blame the item for what it failed in, where the server's canary is good.
 
         Raises:
-            UnavailableError: it is not, and there is no other server to try.
+            UnavailableError: it is not, or had no slot, and there is no other server to try.
         """
         unproven: UnavailableError | None = None
         for failure in tuple(case.pending):  # each: one that stays away must not keep the others from being proven
             try:
-                await self._endpoints.prove(failure.endpoint, prompt, since=failure.at)
+                await self._endpoints.prove(failure.endpoint, prompt, failure.at, caller)
             except UnavailableError as error:
                 unproven = error
             else:
                 case.pending.remove(failure)
                 case.blamed.append(failure)
-        if unproven is not None and not case.closed and not case.open_to(await self._endpoints.find(prompt)):
+        if unproven is not None and not case.closed and not case.open_to(await self._endpoints.find(prompt, caller)):
             raise unproven
 
     async def _attempt(
@@ -404,8 +405,14 @@ class Judge:
                 raise UnusableError(f"{error} (and the context has no room for a repair)")
             kept = kept[: len(kept) // 2]
 
-    async def _canary(self, endpoint: Endpoint, prompt: PromptVersion) -> tuple[str | None, float]:
-        """Judge the stored window there; why it failed, or None, and how long it took, seconds."""
+    async def _canary(
+        self, endpoint: Endpoint, prompt: PromptVersion, urgency: Urgency, patience_s: float | None
+    ) -> tuple[str | None, float]:
+        """Judge the stored window there; why it failed, or None, and how long it took, seconds.
+
+        Raises:
+            UnavailableError: work that comes first (`live`) has had every slot for `patience_s`.
+        """
 
         async def judge(held: Held) -> float:
             since = self._clock()
@@ -414,10 +421,15 @@ class Judge:
 
         try:
             await self._endpoints.server(endpoint)
-            return None, await self.gate.run(judge, among=[endpoint.name], prefix=prompt.digest)
+            took_s = await self.gate.run(
+                judge, among=[endpoint.name], priority=urgency, prefix=prompt.digest, patience_s=patience_s
+            )
+        except BusyError as error:
+            raise _behind(error) from error
         except (_AttemptFailedError, UnavailableError, ClosedError) as error:
             log.warning("canary failed", endpoint=endpoint.name, prompt=prompt.digest, error=str(error))
             return str(error), 0.0
+        return None, took_s
 
     def _slots(self, told: int) -> int:
         """Requests at once to a server that tells of so many slots; 0: it tells nothing."""
@@ -452,3 +464,7 @@ class Judge:
                 ensure_ascii=False,
             ),
         )
+
+
+def _behind(error: BusyError) -> UnavailableError:
+    return UnavailableError("live", f"windows that come first have every slot: {error}")

@@ -77,6 +77,8 @@ def percent(share: float) -> str:
 
 def chance(p_value: float) -> str:
     """`3 in 1,000`: how often chance alone would do it."""
+    if p_value >= 0.95:
+        return "nearly all"
     if p_value >= 0.095:
         return f"{round(10 * p_value)} in 10"
     for whole in (100, 1_000, 10_000):

@@ -12,6 +12,9 @@ rests, and five records have gone by, the camera makes the same windows as if ev
 
 *Where it ends.* At the bound of the plan; with `until`, when each window that began before is closed. What is still
 open at the bound is no window yet: it is counted.
+
+*Each window once.* Frames that were taken in again by another life of the log make the same window, by its id, in
+each of them: it is given where it comes first.
 """
 
 import asyncio
@@ -87,6 +90,9 @@ class Cut:
     async def windows(self) -> AsyncGenerator[Context, None]:
         """The windows, each partition's in the order in which they closed; partitions take turns. Always the same.
 
+        Each comes once, whichever lives of the log hold its frames. To know that, all their ids are kept, some 150
+        bytes each.
+
         Raises:
             UnavailableError: ClickHouse is away.
         """
@@ -111,7 +117,8 @@ class Cut:
         self.open, self.records = [], 0
         if self._cameras is None:
             self._cameras = await self._recording.cameras()
-        partitions = [self._partition(bound) for bound in offsets(self._plan.upto, "detections")]
+        given: set[str] = set()
+        partitions = [self._partition(bound, given) for bound in offsets(self._plan.upto, "detections")]
         try:
             while partitions:
                 for partition in tuple(partitions):
@@ -123,10 +130,9 @@ class Cut:
             for partition in partitions:
                 await partition.aclose()
 
-    async def _partition(self, bound: Bound) -> AsyncGenerator[Context, None]:
-        """The windows of one partition."""
+    async def _partition(self, bound: Bound, given: set[str]) -> AsyncGenerator[Context, None]:
+        """The windows of one partition that no partition has `given`."""
         in_force = await self._recording.in_force(bound, self._cameras or {})
-        given: set[str] = set()
         for back_ms in self._backs():
             try:
                 async with aclosing(self._from(bound, in_force, back_ms)) as made:

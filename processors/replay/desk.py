@@ -121,7 +121,14 @@ class States(Protocol):
     """The steps of a replay's life."""
 
     def latest(self) -> Replay | None:
-        """The last one."""
+        """The last one, as far as it was read."""
+
+    async def load(self) -> None:
+        """Read on to the last one.
+
+        Raises:
+            KafkaError, TimeoutError or OSError: the broker is away.
+        """
 
     async def say(self, state: State, detail: str) -> None:
         """Append one.
@@ -151,6 +158,10 @@ class ControlStates:
     def latest(self) -> Replay | None:
         """What everyone knows of it."""
         return self._table.get(self._id)
+
+    async def load(self) -> None:
+        """Not to wait for the table's follower."""
+        await self._table.load()
 
     async def say(self, state: State, detail: str) -> None:
         """Append a step, with the plan as it is."""

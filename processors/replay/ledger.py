@@ -1,9 +1,11 @@
 """What the log says of one replay: which of its units there are, and what became of them. Pure."""
 
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 import structlog
 
+from schemas import ids
 from schemas.records import DeadLetter, ReplayEvent
 from streams import codec
 from streams.codec import DecodeError
@@ -14,8 +16,20 @@ log = structlog.get_logger(__name__)
 STAGE = "replay"
 """The stage that judges units, as its dead letters name it."""
 
+AWAY = ", the LLM of replay "
+"""What a unit's dead letter says where nothing is wrong with the unit: with its LLM back it can be judged."""
+
 _FAILURES = 100
 """Failed units whose message is kept."""
+
+
+class Letter(NamedTuple):
+    """The dead letter of a unit."""
+
+    place: ids.Place
+    """Where the unit lies."""
+    attempt: int
+    """How often it was tried until then."""
 
 
 class Ledger:
@@ -31,7 +45,13 @@ class Ledger:
         self.reused: set[str] = set()
         self.failed: dict[str, str] = {}
         """Batch ids of units that could not be judged, and why; later ones have no message."""
+        self.away: dict[str, Letter] = {}
+        """Those of them whose LLM was away: they can be made again."""
         self.tokens = 0
+        self._tried: dict[str, int] = {}
+        """Batch ids of units that failed, and how often they had been tried then."""
+        self._redriven: dict[str, int] = {}
+        """Batch ids of units that are on the log again, and how often they had been tried before."""
 
     def __len__(self) -> int:
         """How many results there are."""
@@ -48,6 +68,11 @@ class Ledger:
     def expect(self, batch_ids: Collection[str]) -> None:
         """Units of these windows were appended."""
         self.waiting.update(batch_id for batch_id in batch_ids if not self.finished(batch_id))
+
+    def forget(self, batch_id: str) -> None:
+        """A unit that failed is to be made again."""
+        self.failed.pop(batch_id, None)
+        self.away.pop(batch_id, None)
 
     def remember(self, results: Iterable[tuple[str, bool, int]]) -> None:
         """Results that the log has forgotten: batch id, whether it was reused, and tokens.
@@ -66,7 +91,7 @@ class Ledger:
             return False  # another replay's: not worth decoding
         try:
             if record.topic == "replay_units":
-                self.expect(self._of((record.key or b"").decode()))
+                self._unit(self._of((record.key or b"").decode()), record.attempts)
                 return False
             if record.topic == "replay_events":
                 return self._result(codec.decode(record, ReplayEvent))
@@ -79,6 +104,14 @@ class Ledger:
         """The batch id of a unit of this replay that is to be judged, in a list."""
         return [unit_id.removeprefix(self._prefix)] if unit_id.startswith(self._prefix) else []
 
+    def _unit(self, batch_ids: Collection[str], tried: int) -> None:
+        """A unit; one that was `tried` before is there again, and a letter of then says nothing any more."""
+        for batch_id in batch_ids if tried else ():
+            self._redriven[batch_id] = max(tried, self._redriven.get(batch_id, 0))
+            if self._tried.get(batch_id, tried + 1) <= tried:
+                self.forget(batch_id)
+        self.expect(batch_ids)
+
     def _result(self, event: ReplayEvent) -> bool:
         if event.replay_id != self._id:
             return False
@@ -86,7 +119,7 @@ class Ledger:
         if batch_id in self.judged or batch_id in self.reused:
             return False
         self.waiting.discard(batch_id)
-        self.failed.pop(batch_id, None)  # it was redriven
+        self.forget(batch_id)  # it was redriven
         if event.reused:
             self.reused.add(batch_id)
         else:
@@ -99,8 +132,15 @@ class Ledger:
             return False
         new = False
         for batch_id in self._of(letter.key.decode()):
-            if not self.finished(batch_id):
-                self.waiting.discard(batch_id)
-                self.failed[batch_id] = letter.message if len(self.failed) < _FAILURES else ""
-                new = True
+            self._tried[batch_id] = max(letter.attempt, self._tried.get(batch_id, 0))
+            before = letter.attempt <= self._redriven.get(batch_id, 0)  # it is on the log again since
+            if before or batch_id in self.judged or batch_id in self.reused:
+                continue
+            new = new or batch_id not in self.failed
+            self.waiting.discard(batch_id)
+            self.forget(batch_id)
+            self.failed[batch_id] = letter.message if len(self.failed) < _FAILURES else ""
+            place = ids.place(letter.origin)
+            if AWAY in letter.message and place is not None:
+                self.away[batch_id] = Letter(place, letter.attempt)
         return new

@@ -17,13 +17,14 @@ from aiokafka.errors import KafkaError
 
 from processors.replay.desk import Log, States
 from processors.replay.history import Window, Windows, unit_of
-from processors.replay.ledger import Ledger
+from processors.replay.ledger import Ledger, Letter
 from processors.replay.plan import Plan, State
 from processors.replay.sorting import OtherWeightsError, Sorter, Todo, repeated
-from schemas.records import Record
+from schemas.records import Record, ReplayUnit
 from streams import codec
 from streams.errors import FencedError, UnavailableError, UncertainError
 from streams.messages import Emit
+from streams.redrives import again
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +43,14 @@ _PATIENCE_S = 120.0
 
 _AGAIN_S = 1.0
 """Between two tries."""
+
+_CLAIM_S = 5.0
+"""What another planner has, once it fenced this one, to say that it goes on: it does so at once, which takes a second,
+more on a busy machine. Where nobody said so, the coordinator had ended a transaction that took too long: a laptop
+slept, or the process was stopped."""
+
+_LAST_WORD_S = 10.0
+"""How long the word that it failed may take: what made it fail may be the broker."""
 
 
 class EndedError(Exception):
@@ -139,7 +148,12 @@ class Planner:
         self._wall = wall
         self.ledger = Ledger(replay_id)
         self._counted: int | None = None
+        self._held = False
+        """Whether the log was this planner's once: others of before can do nothing any more."""
         self._claimed = False
+        self._fenced = False
+        """Whether its hold on the log ended, and nobody knows yet by whom."""
+        self._again: dict[str, Letter] | None = None
         self._todo: deque[Todo] = deque()
         self._came: deque[tuple[float, int]] = deque()
         self._last = clock()
@@ -152,14 +166,28 @@ class Planner:
             EndedError: it is paused, cancelled or failed.
             PlanError: the plan cannot be followed.
             KafkaError, TimeoutError, OSError, UncertainError or UnavailableError: broker or ClickHouse stayed away.
+
+        Whatever it raises but the first two, the replay is `failed` by it, as far as that can still be said.
         """
+        try:
+            return await self._go_on()
+        except EndedError:
+            raise
+        except Exception as error:
+            await self._fail(str(error) or type(error).__name__)
+            raise
+
+    async def _go_on(self) -> Progress:
+        """Again and again, while the broker or ClickHouse comes and goes."""
         away_since: float | None = None
         while True:
             before = len(self.ledger)
             try:
                 return await self._attempt()
             except FencedError:
-                raise TakenOverError("another planner took it over") from None
+                if not self._claimed:
+                    raise TakenOverError("another planner took it over") from None
+                self._fenced = True
             except OtherWeightsError as error:
                 await self._ports.states.say("failed", str(error))
                 raise EndedError(str(error), "failed") from None
@@ -195,14 +223,16 @@ class Planner:
         )
 
     async def _attempt(self) -> Progress:
-        """Fence, learn what there is, say that it runs, and do the rest."""
+        """Fence, say that it runs, learn what there is, and do the rest."""
         ports = self._ports
         self._todo.clear()
         if self._claimed:  # while it was away somebody may have asked for something else: not to be fenced again
-            await self._obey()
+            await self._look_about()
         await ports.log.open()
-        await self._learn()
+        self._held = True
         await self._claim()
+        await self._learn()
+        self._retry()
         self._counted = await ports.windows.count()
         self._last = self._clock()
         pages = ports.windows.pages(self.ledger.known)
@@ -235,6 +265,32 @@ class Planner:
             ledger.remember(await self._ports.finished())
         self.ledger = ledger
 
+    async def _look_about(self) -> None:
+        """Before it takes the log again: whether it is still this planner's to do.
+
+        Raises:
+            TakenOverError or EndedError: it is not.
+        """
+        if self._fenced:
+            await asyncio.sleep(_CLAIM_S)
+            await self._ports.states.load()
+        await self._obey()
+        latest = self._ports.states.latest()
+        if self._fenced and (latest is None or latest.state != "running"):
+            raise TakenOverError("another planner took it over")
+        self._fenced = False
+
+    def _retry(self) -> None:
+        """Units that failed because their LLM was away are made again: who resumes a replay saw to it that it is back.
+
+        Those that had failed so when this run began: what fails by it again stays so until the next one.
+        """
+        if self._again is None:
+            self._again = dict(self.ledger.away)
+        for batch_id, letter in self._again.items():
+            if self.ledger.away.get(batch_id) == letter:
+                self.ledger.forget(batch_id)
+
     async def _claim(self) -> None:
         """Say who goes on with it; a planner that finds another's name there has been taken over."""
         latest = self._ports.states.latest()
@@ -259,13 +315,26 @@ class Planner:
         if self._stop.is_set():
             await self._pause("stopped by Ctrl-C")
 
+    async def _fail(self, why: str) -> None:
+        """Say that the replay failed, as far as it can still be said, and is this planner's to say."""
+        latest = self._ports.states.latest()
+        others = self._claimed and latest is not None and latest.detail != self._who
+        if not self._held or others or (latest is not None and latest.state not in {"planned", "running", "failed"}):
+            return
+        try:
+            async with asyncio.timeout(_LAST_WORD_S):
+                await self._ports.states.say("failed", why)
+        except (UncertainError, KafkaError, TimeoutError, OSError) as error:
+            log.warning("not said that it failed", replay=self._id, why=str(error) or type(error).__name__)
+
     async def _pause(self, why: str) -> None:
         await self._ports.states.say("paused", why)
         raise EndedError(why, "paused")
 
     async def _take_up(self, page: Sequence[Window]) -> None:
         """Sort a page; what was said already is repeated at once, and costs the workers nothing."""
-        found = await self._ports.sorter.sort(page)
+        fresh = {one.context.batch_id: one for one in page if not self.ledger.known(one.context.batch_id)}
+        found = await self._ports.sorter.sort(list(fresh.values()))
         if found.reuse:
             events = [repeated(self._id, said) for said in found.reuse]
             await self._ports.log.append([self._emit("replay_events", event, event.camera_id) for event in events])
@@ -275,14 +344,33 @@ class Planner:
     async def _hand_out(self, room: int) -> None:
         """Append units, as many as there is room for."""
         taken = [self._todo.popleft() for _ in range(min(room, len(self._todo)))]
-        units = [unit_of(self._id, window.context, prompt.digest, self._wall()) for window, prompt in taken]
+        fresh = {todo[0].context.batch_id: todo for todo in taken if not self.ledger.known(todo[0].context.batch_id)}
+        if not fresh:
+            return  # two pages had the same windows
+        units = [unit_of(self._id, window.context, prompt.digest, self._wall()) for window, prompt in fresh.values()]
         if not self.ledger.waiting:
             self._last = self._clock()
         await self._ports.log.append([self._emit("replay_units", unit, unit.camera_id) for unit in units])
-        self.ledger.expect([window.context.batch_id for window, _ in taken])
+        self.ledger.expect(fresh)
 
     def _emit(self, topic: str, record: Record, camera_id: str) -> Emit:
-        return codec.emit(topic, record, self._ports.partition(camera_id))
+        emit = codec.emit(topic, record, self._ports.partition(camera_id))
+        if not isinstance(record, ReplayUnit) or not self._again:
+            return emit
+        letter = self._again.get(record.unit_id.partition(":")[2])
+        if letter is None:
+            return emit
+        # As a redrive of its dead letter: the stage gives one result to both, whoever asked, and how often.
+        marked, _ = again(
+            letter.place,
+            letter.attempt,
+            key=emit.key,
+            value=emit.value,
+            headers=emit.headers,
+            by=self._id,
+            at=self._wall(),
+        )
+        return marked
 
     async def _hear(self) -> bool:
         """Take what has come; whether results were among it."""

@@ -1,8 +1,11 @@
 """What batch read, as ClickHouse keeps it: detections and ticks byte for byte, and how each camera was set at the time.
 
 Everything is asked per `Bound`: one partition of one life of `detections`, as far as it went when a replay was planned.
+Typed rows tell where what lies in it; where another life's have replaced them, the records themselves do (`replaced`).
 """
 
+import asyncio
+import heapq
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -11,8 +14,9 @@ import structlog
 
 from processors.batch.core import REMEMBERED, settings_digest
 from processors.replay.plan import Bound, offsets
+from processors.replay.replaced import Replaced
 from processors.store.queries import Queries
-from schemas.records import Camera, ContextSection
+from schemas.records import Camera, ContextSection, Detections
 from streams import codec
 from streams.messages import FINGERPRINT, REDRIVE, Headers, Incoming
 
@@ -35,13 +39,23 @@ _RECORDS = f"""
     AND (empty({{cameras:Array(String)}}) OR tick OR key IN {{cameras:Array(String)}})
     ORDER BY offset LIMIT {{limit:UInt32}}
 """  # noqa: S608 (constants)
+_REPLACED = """
+    SELECT offset, key, value, fingerprint FROM log
+    PREWHERE topic = 'detections' AND epoch = {epoch:String} AND partition = {partition:Int32}
+    AND offset >= {lo:Int64} AND offset < {hi:Int64} AND NOT tick AND decode_error = '' AND offset NOT IN
+    (
+        SELECT offset FROM detections
+        WHERE epoch = {epoch:String} AND partition = {partition:Int32} AND offset >= {lo:Int64} AND offset < {hi:Int64}
+    )
+    ORDER BY offset LIMIT {limit:UInt32}
+"""
 # Of a camera that sends little, so many records at least: four times what the longest memory holds.
 _MEMORY = 4 * REMEMBERED
 
 _OF_BOUND = "epoch = {epoch:String} AND partition = {partition:Int32} AND offset < {hi:Int64}"
 _STARTS = f"""
-    SELECT camera_id, countIf({_OWN} >= {{at:Int64}}) > 0 AS reached, minIf(offset, {_OWN} >= {{at:Int64}}) AS first,
-        minIf(offset, {_OWN} >= {{at:Int64}} - {{back:Int64}}) AS begin,
+    SELECT camera_id, minOrNullIf(offset, {_OWN} >= {{at:Int64}}) AS first,
+        minOrNullIf(offset, {_OWN} >= {{at:Int64}} - {{back:Int64}}) AS begin,
         groupArraySortedIf({_MEMORY})(-offset, {_OWN} < {{at:Int64}}) AS before, max(offset) AS last
     FROM detections WHERE {_OF_BOUND} AND (empty({{cameras:Array(String)}}) OR camera_id IN {{cameras:Array(String)}})
     GROUP BY camera_id ORDER BY camera_id
@@ -125,6 +139,7 @@ class Recording:
 
     def __init__(self, store: Queries) -> None:
         self._store = store
+        self._replaced: dict[Bound, dict[str, Replaced]] = {}
 
     async def records(self, bound: Bound, lo: int, cameras: Sequence[str], limit: int) -> list[Incoming]:
         """The next records and ticks from offset `lo` on, of these cameras or of all; none: there are no more."""
@@ -160,14 +175,22 @@ class Recording:
             back=back_ms,
             cameras=list(cameras),
         )
-        return {
-            row["camera_id"]: Start(
-                row["first"] if row["reached"] else None,
-                min([row["begin"] if row["reached"] else row["last"], *(-offset for offset in row["before"][-1:])]),
-                row["last"],
-            )
-            for row in rows
-        }
+        found: dict[str, Start] = {}
+        listed = {row["camera_id"]: row for row in rows}
+        replaced = await self._unlisted(bound, cameras)
+        for camera in sorted({*listed, *replaced}):
+            firsts, begins, lasts, before = [], [], [], []
+            if (row := listed.get(camera)) is not None:
+                firsts, begins, lasts, before = [row["first"]], [row["begin"]], [row["last"]], list(row["before"])
+            if (more := replaced.get(camera)) is not None:
+                firsts.append(more.first(at))
+                begins.append(more.first(at - back_ms))
+                lasts.append(more.last())
+                before += [-offset for offset in more.before(at, _MEMORY)]
+            first, begin, last = _least(firsts), _least(begins), max(lasts)
+            memory = [-offset for offset in heapq.nsmallest(_MEMORY, before)[-1:]]
+            found[camera] = Start(first, min([last if first is None or begin is None else begin, *memory]), last)
+        return found
 
     async def event_times(self, bound: Bound, firsts: Mapping[str, int]) -> dict[str, int]:
         """The cameras' event times just before these offsets; missing where nothing lies before."""
@@ -179,7 +202,12 @@ class Recording:
             cameras=list(firsts),
             firsts=list(firsts.values()),
         )
-        return {row["camera_id"]: row["event_at"] for row in rows}
+        found = {row["camera_id"]: row["event_at"] for row in rows}
+        for camera, more in (await self._unlisted(bound, list(firsts))).items() if firsts else ():
+            time = more.event_time(firsts[camera])
+            if time is not None:
+                found[camera] = max(time, found.get(camera, time))
+        return found
 
     async def cameras(self) -> dict[str, list[Camera]]:
         """What was ever set for each camera, in order. What cannot be read was never in force, and is left out."""
@@ -204,21 +232,48 @@ class Recording:
         """
         where = {"epoch": bound.epoch, "partition": bound.partition, "hi": bound.offset}
         since: dict[str, list[tuple[int, Camera]]] = {}
-        for row in await self._store.rows(_FIRST, **where):
-            camera_id = row["camera_id"]
+        begun: dict[str, int] = {row["camera_id"]: row["at"] for row in await self._store.rows(_FIRST, **where)}
+        replaced = await self._unlisted(bound, ())
+        for camera_id, more in replaced.items():
+            begun[camera_id] = min(more.detected(), begun.get(camera_id, more.detected()))
+        for camera_id, begun_at in begun.items():
             all_of_it = versions.get(camera_id, ())
             # Another machine's clock may be behind: the later record holds all the same.
             times = list(accumulate((camera.updated_at for camera in all_of_it), max))
-            if not times or (len(times) == 1 and times[0] <= row["at"]):
+            if not times or (len(times) == 1 and times[0] <= begun_at):
                 since[camera_id] = [(0, camera) for camera in all_of_it]
                 continue
-            [reached] = await self._store.rows(_REACHED, camera=camera_id, times=times, **where)
+            [row] = await self._store.rows(_REACHED, camera=camera_id, times=times, **where)
+            reached = row["offsets"] or [bound.offset] * len(times)  # it has no rows at all
+            if camera_id in replaced:
+                reached = list(map(min, reached, replaced[camera_id].reached(times, bound.offset)))
             opened = await self._store.rows(_OPENED, camera=camera_id, **where)
-            first = corrected(
-                reached["offsets"], all_of_it, [(window["offset"], window["settings_digest"]) for window in opened]
-            )
+            first = corrected(reached, all_of_it, [(window["offset"], window["settings_digest"]) for window in opened])
             since[camera_id] = list(zip(first, all_of_it, strict=True))
         return InForce(since)
+
+    async def _unlisted(self, bound: Bound, cameras: Sequence[str]) -> dict[str, Replaced]:
+        """By camera, of these or of all, the records whose rows were replaced by those of the same frames elsewhere."""
+        if bound not in self._replaced:
+            all_of_it: dict[str, Replaced] = {}
+            offset, count = -1, CHUNK
+            while count == CHUNK:
+                where = {"epoch": bound.epoch, "partition": bound.partition, "lo": offset + 1, "hi": bound.offset}
+                found = await self._store.columns(_REPLACED, **where, limit=CHUNK)
+                count = 0
+                for offset, key, value, fingerprint in zip(*found.values(), strict=True):
+                    count += 1
+                    record = Incoming(
+                        "detections", bound.epoch, bound.partition, offset, key, value, _schema(fingerprint)
+                    )
+                    try:
+                        seen = codec.decode(record, Detections)
+                    except codec.DecodeError:
+                        continue  # the fold names it
+                    all_of_it.setdefault(seen.camera_id, Replaced()).add(offset, seen)
+                await asyncio.sleep(0)
+            self._replaced[bound] = all_of_it
+        return {camera: of_it for camera, of_it in self._replaced[bound].items() if not cameras or camera in cameras}
 
     async def told(self, bounds: tuple[Bound, ...], batches: Sequence[str]) -> dict[str, Told]:
         """What was recorded of these windows, below the bounds of `contexts`."""
@@ -299,6 +354,10 @@ def corrected(by_time: Sequence[int], versions: Sequence[Camera], opened: Sequen
         elif early:
             found[index] = early[0]
     return found
+
+
+def _least(offsets_or_none: Sequence[int | None]) -> int | None:
+    return min((offset for offset in offsets_or_none if offset is not None), default=None)
 
 
 def _schema(fingerprint: bytes) -> Headers:

@@ -25,6 +25,7 @@ from processors.replay.folding import quiet_ms
 from processors.replay.history import MadeWindows, Skips, Window
 from processors.replay.plan import Bound, Plan, Unit, offsets
 from processors.replay.recording import CHUNK, Recording
+from processors.replay.replaced import own_time
 from processors.store.queries import Queries
 from schemas.records import Camera, Detections, ReplayUnit, WindowSettings
 from streams import codec
@@ -80,6 +81,9 @@ class Redetection:
     async def chunks(self, known: Callable[[str], bool]) -> AsyncGenerator[Chunk, None]:
         """What it sees in frames whose id is not known yet, in the order in which they were recorded.
 
+        Each is looked at once, also where several records of it are there: another life of the log took it in again,
+        or its record was redriven.
+
         Raises:
             UnavailableError: ClickHouse, the image store or the detector's service is away.
         """
@@ -98,10 +102,11 @@ class Redetection:
     async def _pages(self, known: Callable[[str], bool]) -> AsyncGenerator[tuple[int, list[Detections]], None]:
         """Recorded detections of frames that are not known, by partition."""
         reach = _reach_ms(self._plan, self._default, await self._recording.cameras())
+        met: set[str] = set()
         for bound in offsets(self._plan.upto, "detections"):
             async with aclosing(self._recorded(bound, reach)) as pages:
                 async for seen in pages:
-                    todo = [one for one in seen if not known(one.frame_id)]
+                    todo = list(_first_met(seen, known, met))
                     for start in range(0, len(todo), PAGE):
                         yield bound.partition, todo[start : start + PAGE]
 
@@ -122,7 +127,7 @@ class Redetection:
             yield [
                 seen
                 for seen in self._decoded(records)
-                if (since is None or _own_time(seen) >= since) and (until is None or _own_time(seen) < until)
+                if (since is None or own_time(seen) >= since) and (until is None or own_time(seen) < until)
             ]
 
     def _decoded(self, records: Sequence[Incoming]) -> Iterator[Detections]:
@@ -261,8 +266,12 @@ class RemadeWindows:
             yield page
 
 
-def _own_time(seen: Detections) -> int:
-    return seen.arrived_at if seen.captured_at is None else min(seen.captured_at, seen.arrived_at)
+def _first_met(seen: Sequence[Detections], known: Callable[[str], bool], met: set[str]) -> Iterator[Detections]:
+    """Those of frames that are not known and were not met before; they join `met`."""
+    for one in seen:
+        if one.frame_id not in met and not known(one.frame_id):
+            met.add(one.frame_id)
+            yield one
 
 
 def _reach_ms(plan: Plan, default: WindowSettings, cameras: dict[str, list[Camera]]) -> int:

@@ -1,7 +1,7 @@
 """What becomes of each window of a replay: left out and why, said already, or to be judged, and by which prompt."""
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -42,6 +42,10 @@ class Judging(NamedTuple):
         return ids.verdict_digest(prompt.template, prompt.output_schema, self.parameters(prompt), weights)
 
 
+async def _nothing(_: Collection[str]) -> None:
+    """They are where workers look."""
+
+
 class Ways(NamedTuple):
     """How windows are looked up."""
 
@@ -51,6 +55,8 @@ class Ways(NamedTuple):
     """Digest of the version that judged a camera at an event time."""
     said: Callable[[Mapping[str, str]], Awaitable[Mapping[str, Said]]]
     """Recorded verdicts by batch id, of these batch ids under these verdict digests."""
+    ready: Callable[[Collection[str]], Awaitable[None]] = _nothing
+    """Sees to it that workers find the versions of these digests: windows are about to be judged by them."""
 
 
 Todo = tuple[Window, PromptVersion]
@@ -75,12 +81,17 @@ class Sorter:
         self.skipped = Skips()
 
     async def sort(self, page: Sequence[Window]) -> Sorted:
-        """Sort a page.
+        """Sort a page; the prompts of what is to be judged are where workers find them.
 
         Raises:
             OtherWeightsError: the replay is strict, and what judges here is not what judged then.
             UnavailableError: ClickHouse is away.
         """
+        found = await self._sorted(page)
+        await self._ways.ready({prompt.digest for _, prompt in found.judge})
+        return found
+
+    async def _sorted(self, page: Sequence[Window]) -> Sorted:
         todo: list[Todo] = []
         for window in page:
             prompt = self._prompt(window)

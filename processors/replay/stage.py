@@ -7,15 +7,18 @@ Whatever it says goes to `replay_events`, which nothing that notifies or alerts 
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 import structlog
 from aiokafka.errors import KafkaError
 from structlog.contextvars import bound_contextvars
 
+from processors.analyze.endpoints import Caller
 from processors.analyze.gate import Priority
 from processors.analyze.judge import Judge
+from processors.replay.ledger import AWAY
 from processors.replay.metrics import ReplayMetrics
 from processors.replay.plan import Llm, Plan, PlanError, Unit, offsets
 from schemas import ids, prompts
@@ -24,6 +27,7 @@ from schemas.records import Context, DeadLetter, Replay, ReplayEvent, ReplayUnit
 from streams import codec
 from streams.errors import UnavailableError, UnprocessableError
 from streams.messages import SOURCE, Emit, Incoming
+from streams.turns import Turns
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +39,11 @@ a worker that says nothing is given."""
 
 _KEPT = 1000
 """Verdicts of a shadow kept while another's server is away; more would be of partitions that went to other members."""
+
+
+_AWAY_S = 60.0
+"""How long units wait for a plan's own LLM while its replay runs. One that died is back in seconds as a rule; behind
+those of one that is not, the units of other replays in the same partition must not stand."""
 
 
 class Look(NamedTuple):
@@ -92,6 +101,10 @@ class ReplayStage:
         self._clock = clock
         self._plans: dict[str, tuple[str, Plan]] = {}
         self._kept: OrderedDict[tuple[str, str], Emit] = OrderedDict()
+        self._turns: dict[str, Turns] = {}
+        self._queued = 0
+        self._away: dict[Llm, tuple[float, float]] = {}
+        """Plans' own LLMs that are away: since when, and when that was seen last; seconds, monotonic."""
         self.metrics = ReplayMetrics()
         # As analyze's: three attempts and their canaries, besides those of others before them.
         self.patience_s = 2 * 3 * deadline_s
@@ -102,7 +115,11 @@ class ReplayStage:
         return sum(map(self.at_once, self.inputs))
 
     def at_once(self, topic: str) -> int:
-        """How many of a topic: as many live windows as there are slots; units by the shares of the replays that run."""
+        """How many of a topic: as many live windows as there are slots; units by the shares of the replays that run.
+
+        A replay whose planner died seems to run, so this bounds none of them: each has its own share (`_turn`). Units
+        that wait for their turn there do not count, or those of one replay would keep another's out.
+        """
         slots = self._judges.slots(None)
         if topic == WINDOWS:
             return slots
@@ -110,8 +127,8 @@ class ReplayStage:
         for _, plan in self._running():
             if plan.kind != "shadow":
                 llm = plan.change.llm
-                held[llm] = held.get(llm, 0) + max(1, round(plan.share * self._judges.slots(llm)))
-        return max(1, sum(min(count, self._judges.slots(llm)) for llm, count in held.items()))
+                held[llm] = held.get(llm, 0) + self._share(plan)
+        return max(1, sum(min(count, self._judges.slots(llm)) for llm, count in held.items())) + self._queued
 
     async def handle(self, record: Incoming) -> Sequence[Emit]:
         """What a re-run says of the record's window: an event for a unit, or one for each shadow of a live window."""
@@ -132,12 +149,77 @@ class ReplayStage:
         context = codec.decode_bytes(WINDOWS, unit.payload, None, Context)
         if unit.unit_id != str(Unit(unit.replay_id, context.batch_id)):
             raise UnprocessableError(f"unit {unit.unit_id} holds window {context.batch_id}", camera_id=unit.camera_id)
-        event = await self._judge(
-            plan, unit.replay_id, context, unit.prompt_digest, key=record.origin, priority=Priority.REPLAY
-        )
+        llm = plan.change.llm
+        async with self._turn(unit.replay_id):
+            try:
+                event = await self._judge(
+                    plan, unit.replay_id, context, unit.prompt_digest, key=record.origin, priority=Priority.REPLAY
+                )
+            except UnavailableError as error:
+                if llm is not None and error.waiting_on == "llm" and await self._lost(unit.replay_id, llm):
+                    raise UnprocessableError(self._lost_text(unit, llm, error), camera_id=unit.camera_id) from error
+                raise
+        if llm is not None:
+            self._away.pop(llm, None)
         if self._cancelled(unit.replay_id):  # meanwhile
             return []
         return [_emit(unit.replay_id, event)]
+
+    @asynccontextmanager
+    async def _turn(self, replay_id: str) -> AsyncIterator[None]:
+        """Be one of the units that the replay's share lets be judged at once.
+
+        Raises:
+            UnavailableError: others of it, which came first, have not been judged for long. It is no stall.
+        """
+        turns = self._turns.get(replay_id)
+        if turns is None:
+            turns = self._turns[replay_id] = Turns(lambda: self._share(self._plans[replay_id][1]))
+        self._queued += 1
+        try:
+            # A third of the patience: the rest is for a slot and the LLM.
+            async with asyncio.timeout(self.patience_s / 3):
+                await turns.acquire(replay_id)
+        except TimeoutError as error:
+            raise UnavailableError("live", "units that come first have the whole share of their replay") from error
+        finally:
+            self._queued -= 1
+        try:
+            yield
+        finally:
+            turns.release()
+
+    def _share(self, plan: Plan) -> int:
+        """How many of the replay's units are judged at once."""
+        return max(1, round(plan.share * self._judges.slots(plan.change.llm)))
+
+    async def _lost(self, replay_id: str, llm: Llm) -> bool:
+        """Whether the replay's own LLM, which is away, has been so for too long, or nobody serves it any more."""
+        now = time.monotonic()
+        since, seen = self._away.get(llm, (now, now))
+        if now - seen > _AWAY_S:  # nobody has asked since: it may have been there
+            since = now
+        self._away[llm] = since, now
+        if now - since >= _AWAY_S:
+            return True
+        if self._is_under_way(replay_id):
+            return False
+        await self._load()  # it may have been resumed just now
+        return not self._is_under_way(replay_id)
+
+    def _is_under_way(self, replay_id: str) -> bool:
+        record = self._look.replays().get(replay_id)
+        return record is not None and record.state in {"planned", "running"}
+
+    def _lost_text(self, unit: ReplayUnit, llm: Llm, error: UnavailableError) -> str:
+        name = self._look.replays()[unit.replay_id].name
+        fix = (
+            f"`rewatch replay resume {name}` serves it again and judges what failed; an address of one machine alone "
+            "(127.0.0.1) is no use to a worker on another"
+            if llm.model_path
+            else f"start that server, then `rewatch replay resume {name}` judges what failed"
+        )
+        return f"{llm.url}{AWAY}{name}, is away: {error}. {fix}"
 
     async def _shadowed(self, record: Incoming) -> Sequence[Emit]:
         """An event, or what is known of the failure, for each shadow that covers the window.
@@ -198,7 +280,8 @@ class ReplayStage:
                 event = await judge.judge(context, prompt, key=key, run=name, priority=priority, patience_s=_PATIENCE_S)
             except UnavailableError as error:
                 # Live windows wait for whoever can mend a prompt. Here it would hold up other replays.
-                why = await judge.blames(prompt, prompts.default()) if error.waiting_on == "llm" else None
+                caller = Caller(priority, _PATIENCE_S)
+                why = await judge.blames(prompt, prompts.default(), caller) if error.waiting_on == "llm" else None
                 if why is None:
                     raise
                 raise UnprocessableError(why, camera_id=context.camera_id) from error

@@ -1,22 +1,37 @@
 """`rewatch replay`: what it refuses; and on the real broker, ClickHouse engine and LLM server, killed in the middle."""
 
 import asyncio
+import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
 
+import msgspec
 import pytest
+import typer
 from aiokafka import TopicPartition
+from aiokafka.structs import OffsetAndMetadata
 
+from infra import replays
+from infra.cli import replay
+from infra.cli.replay_work import Outcome
 from infra.config import Settings, load
 from infra.local.process import free_port
-from schemas import prompts
-from schemas.records import ReplayEvent
+from infra.replays import Made
+from processors.replay.history import unit_of
+from processors.replay.plan import Change, Plan
+from processors.replay.planner import Progress
+from schemas import ids, prompts
+from schemas.records import DeadLetterStatus, ReplayEvent
 from streams import codec
+from streams.admin import read_meta
+from streams.delivery import FencedProducer
 from streams.kafka import Kafka, incoming
+from streams.topics import partition_of
 from tests.infra.cli_kit import answer, invoke
+from tests.processors.planner_kit import letter
 from tests.processors.recorded_kit import judged, on_log, put, windows
 
 OTHER = "deliveries-strict-nights"
@@ -50,6 +65,45 @@ def test_where_nothing_was_recorded_it_says_what_comes_first(command, monkeypatc
     assert result.exit_code == 2, result.output
     assert "nothing was recorded" in result.output
     assert "`rewatch demo` or `rewatch up` comes first" in result.output
+
+
+STRICT = Plan(kind="baseline", mode="strict")
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "said"),
+    [
+        ({}, 0, ""),
+        ({"strict": (9, 9)}, 1, "1 of 10 verdicts were not compared"),
+        ({"strict": (10, 9)}, 1, "1 of 10 verdicts differ"),
+        ({"strict": (0, 0)}, 1, "no verdict was compared"),
+        ({"settled": False}, 1, "ClickHouse does not have all verdicts yet"),
+        ({"failed": 2}, 1, "2 windows failed"),
+        ({"state": "paused", "strict": None}, 1, "it is paused"),
+        ({"state": "paused", "strict": None, "stopped": True}, 130, "it is paused"),
+        ({"state": "failed", "strict": None}, 1, "it is failed"),
+        ({"plan": Plan(kind="change"), "state": "paused", "strict": None}, 0, ""),
+        ({"plan": Plan(kind="change"), "failed": 2, "strict": None}, 0, ""),
+    ],
+)
+def test_a_strict_run_is_well_only_where_every_verdict_was_compared_and_the_same(changed, code, said, capsys) -> None:
+    plan = changed.pop("plan", STRICT)
+    counts = Progress(10, 10, 0, changed.pop("failed", 0), 0, 0, 1000, 1.0, 0.0)
+    given = {"state": "done", "settled": True, "stopped": False, "strict": (10, 10)} | changed
+    one = Outcome(Made("r1", "n", plan), why="", progress=counts, seconds=1.0, left_out={}, failures={}, **given)
+    assert one.unproven == said
+    for as_json in (False, True):
+        found = 0
+        try:
+            replay._tell([one], as_json=as_json)
+        except typer.Exit as ended:
+            found = ended.exit_code
+        assert found == code
+        told = capsys.readouterr()
+        if as_json:
+            assert json.loads(told.out).get("unproven", "") == said
+        else:
+            assert (f"strict: it does not show that the answers are the same: {said}" in told.err) == bool(said)
 
 
 COUNT = 24
@@ -120,6 +174,17 @@ def test_a_replay_from_its_plan_to_its_end_and_what_it_never_does_twice(mine: Se
     plan = answer("replay", "plan", "--prompt", OTHER, "--since", "2026-01-01")
     assert (plan["windows"], plan["reused"], plan["entry"], plan["kind"]) == (COUNT, 0, "contexts", "change")
     assert plan["prompt_tokens"] == COUNT * 80
+
+    for model in ("demo", "http://127.0.0.1:1", "http://127.0.0.1:1/v1/"):
+        other = answer("replay", "plan", "--model", model, "--since", "2026-01-01")
+        assert (other["windows"], other["reused"], other["kind"]) == (COUNT, 0, "change")
+        llm = other["change"]["llm"]
+        assert (llm["url"], bool(llm["model_path"])) == (
+            ("", True) if model == "demo" else ("http://127.0.0.1:1", False)
+        )
+    for model in ("no-such.gguf", "http://"):
+        refused = invoke("replay", "plan", "--model", model)
+        assert (refused.exit_code, f"--model {model}: n" in refused.output) == (2, True), refused.output
 
     wrong = invoke("replay", "plan", "--where", "no_such_column = 1")
     assert (wrong.exit_code, "--where: ClickHouse says: Unknown expression" in wrong.output) == (2, True)
@@ -200,3 +265,46 @@ def test_paused_it_stops_resumed_it_ends_and_cancelled_it_stays_so(mine: Setting
     assert "given-up is cancelled" in invoke("replay", "cancel", "given-up").output
     refused = invoke("replay", "resume", "given-up")
     assert (refused.exit_code, "was cancelled" in refused.output) == (1, True)
+
+
+async def lacking_its_llm(settings: Settings) -> Made:
+    """A replay of one window that is done, but for its unit: the worker that took it says that the LLM was away."""
+    prompt = prompts.deliveries_strict_nights()
+    async with replays.office(settings) as office:
+        await office.prompts.add(prompt, "")
+        plan = await office.drawn(Plan(kind="change", change=Change(prompt=prompt.digest)))
+        made = await office.make("lacking", plan)
+        [[window]] = [page async for page in office.windows(plan).pages(lambda _: False)]
+        unit = unit_of(made.replay_id, window.context, prompt.digest, 1)
+        tp = TopicPartition("replay_units", partition_of(unit.camera_id, settings.kafka.partitions, None))
+        epoch = (await read_meta(office.kafka))[tp.topic].epoch
+        producer = FencedProducer(office.kafka, office.kafka.transactional_id("replay", tp.topic, tp.partition))
+        await producer.open()
+        try:
+            [offset] = await producer.transact([codec.emit(tp.topic, unit, tp.partition)])
+            found = msgspec.structs.replace(
+                letter(unit.unit_id, unit.camera_id),
+                origin=ids.origin(tp.topic, epoch, tp.partition, offset),
+                message="http://127.0.0.1:1, the LLM of replay lacking, is away: connection refused",
+            )
+            done = {tp: OffsetAndMetadata(offset + 1, epoch)}
+            emit = codec.emit("dead_letters", found, tp.partition)
+            await producer.transact([emit], offsets=(office.kafka.group("replay"), done))
+        finally:
+            await producer.close()
+        await put(settings.clickhouse, on_log("dead_letters", [found]))
+        await office.say(made, "done", "")
+        return made
+
+
+@pytest.mark.real
+def test_what_failed_while_the_llm_was_away_is_judged_once_when_the_replay_is_resumed(mine: Settings) -> None:
+    [batch] = recorded(mine, 1)
+    made = asyncio.run(lacking_its_llm(mine))
+    done = answer("replay", "resume", made.name)
+    assert (done["state"], done["judged"], done["failed"]) == ("done", 1, 0)
+    assert of(mine, made.replay_id) == [batch]
+    assert len(units(mine, made.replay_id)) == 2
+    status = asyncio.run(Kafka(mine.kafka).read([TopicPartition("dead_letter_status", 0)], within=60))
+    assert [codec.decode(record, DeadLetterStatus).status for record in status] == ["resolved"]
+    assert "there is nothing to go on with" in invoke("replay", "resume", made.name).output

@@ -1,17 +1,36 @@
 """What a replay starts, and refuses to start; and how replays are found by name."""
 
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from infra import replaying, replays
+from infra.cli import replay_show
 from infra.config import Settings, load
 from infra.installation import Installation
+from infra.local.process import BEHIND, ProcessSpec
+from infra.local.stack import LocalStack
+from infra.local.supervisor import Supervisor
 from infra.replaying import Place
 from infra.replays import UnknownReplayError, choose
 from processors.analyze.port import Server
-from processors.replay.plan import Llm, PlanError
+from processors.replay.plan import Change, Llm, Plan, PlanError
+from processors.store.queries import Queries
+from schemas.records import Replay
 from streams.serving import SettingsError
+from tests.processors.planner_kit import letter, replay_event, verdict
+from tests.processors.recorded_kit import on_log, put, windows
 
 
 @pytest.fixture
@@ -81,9 +100,65 @@ async def test_strict_takes_a_server_that_runs_only_as_it_must_be(
             assert place.workers == 0, "analyze judges units, too"
 
 
+async def test_beside_live_stages_another_model_stands_behind_them(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs: list[ProcessSpec] = []
+
+    async def started(_: object, *given: ProcessSpec) -> None:
+        specs.extend(given)
+
+    monkeypatch.setattr(Place, "_start", started)
+    beside, alone = Place(settings, None, {}), Place(settings, None, {})
+    alone.use(Supervisor(tmp_path))
+    for place in (beside, alone):
+        await place.start_llm(tmp_path / "m.gguf")
+        specs.append(place._worker(0))
+    assert [spec.nice for spec in specs] == [BEHIND, BEHIND, 0, 0]
+
+
+@pytest.mark.parametrize("told", [{"model_path": "/models/other.gguf"}, {}, []])
+async def test_who_listens_on_the_old_port_with_another_model_is_somebody_else(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, told: object
+) -> None:
+    asked: list[tuple[Path, int | None]] = []
+
+    async def start(_: Place, model: Path, port: int | None = None) -> str:
+        asked.append((model, port))
+        return "http://127.0.0.1:2"
+
+    monkeypatch.setattr(Place, "start_llm", start)
+    async with served(told) as url:
+        llm = Llm(url=url, model_path="/models/mine.gguf")
+        assert await replaying.again(Place(settings, None, {}), llm) == replaying.replace_llm(llm, "http://127.0.0.1:2")
+    assert asked == [(Path("/models/mine.gguf"), None)], "not on its port"
+    async with served({"model_path": "/models/mine.gguf"}) as url:
+        llm = Llm(url=url, model_path="/models/mine.gguf")
+        assert await replaying.again(Place(settings, None, {}), llm) == llm
+
+
+@asynccontextmanager
+async def served(props: object) -> AsyncIterator[str]:
+    """A server that tells this of itself; its address."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            body = json.dumps(props).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
 async def test_another_llm_is_an_address_or_a_file_that_is_there(settings: Settings, tmp_path: Path) -> None:
     place = Place(settings, None, {})
     assert await replaying.another_llm(place, "http://gpu:8000/v1/") == Llm(url="http://gpu:8000")
+    for wrong in ("http://", "http:///v1", "http://gpu:many", "http://gpu:8000,http://"):
+        with pytest.raises(PlanError, match="no address of a server"):
+            await replaying.another_llm(place, wrong)
     for wrong in ("no-such.gguf", str(tmp_path)):
         with pytest.raises(PlanError, match="neither an address, nor a GGUF file, nor a name"):
             await replaying.another_llm(place, wrong)
@@ -146,9 +221,91 @@ def test_what_goes_by_no_name_is_told_what_is_near(text: str, said: str) -> None
         choose(text, KNOWN)
 
 
-def test_with_an_llm_elsewhere_the_rest_of_a_plan_stays() -> None:
-    from processors.replay.plan import Change, Plan
+def test_a_planner_that_ended_on_this_machine_is_known_and_of_others_nobody_says_so() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait(30)
+    here = socket.gethostname()
+    assert replays.has_ended(f"process {child.pid} on {here} (abc123)")
+    assert not replays.has_ended(f"process {os.getpid()} on {here} (abc123)")
+    assert not replays.has_ended(f"process {child.pid} on elsewhere (abc123)")
+    assert not replays.has_ended("paused by `rewatch replay pause`")
 
+
+async def test_a_replay_that_runs_without_its_planner_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait(30)
+    plan = Plan(kind="change").encode()
+    counts = {"judged": 1, "reused": 0, "failed": 0, "tokens": 9, "llm_ms": 9.0}
+    for pid, gone in ((child.pid, True), (os.getpid(), False)):
+        running = {"state": "running", "detail": f"process {pid} on {socket.gethostname()} (abc123)"}
+        [row] = await replays.listed(Rows(plan, **running, **counts))
+        assert row["gone"] == gone
+        replay_show.print_rows([row], "UTC")
+        replay_show.print_row(row, [], "UTC")
+        assert capsys.readouterr().out.count("but its planner ended: resume it") == (2 if gone else 0)
+
+
+class Rows:
+    """ClickHouse with these replays."""
+
+    def __init__(self, *plans: str, **columns: object) -> None:
+        self._plans = plans
+        self._columns = columns
+
+    async def rows(self, _: str, **__: object) -> list[dict[str, object]]:
+        row = {"state": "done", "detail": "", "began": 1} | self._columns
+        return [row | {"replay_id": f"r{n}000", "name": f"n{n}", "plan": plan} for n, plan in enumerate(self._plans)]
+
+
+async def test_a_plan_that_cannot_be_read_stands_in_nobodys_way_but_says_so_of_itself() -> None:
+    newer = Plan(kind="change").encode().replace('"change"', '"of-tomorrow"', 1)
+    shadow = Plan(kind="shadow").encode()
+    store = Rows(newer, Plan(kind="baseline").encode(), shadow)
+    assert [row["name"] for row in await replays.listed(store)] == ["n1"]
+    assert (await replays.one(store, "n1"))["plan"].kind == "baseline"
+    with pytest.raises(PlanError, match="the plan of n0 cannot be read: a newer version wrote it"):
+        await replays.one(store, "n0")
+    with pytest.raises(UnknownReplayError):
+        await replays.one(store, "n2")
+
+    class Table:
+        def all(self) -> dict[str, Replay]:
+            return {
+                f"r{n}000": Replay(replay_id=f"r{n}000", name=f"n{n}", state="done", plan=plan, updated_at=n)
+                for n, plan in enumerate((newer, Plan(kind="baseline").encode(), shadow))
+            }
+
+    office = replays.Office(load(), None, None, prompts=None, cameras=None, table=Table(), metas={})
+    assert office.find("n1").plan.kind == "baseline"
+    with pytest.raises(PlanError, match="the plan of n0 cannot be read"):
+        office.find("n0")
+
+
+GONE = "http://127.0.0.1:1, the LLM of replay calmer, is away: connection refused"
+
+
+@pytest.mark.real
+async def test_a_replay_that_lacked_its_llm_is_known_by_its_dead_letters_until_it_has_its_results(
+    stack: LocalStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REWATCH_CLICKHOUSE__URL", stack.clickhouse_url)
+    monkeypatch.setenv("REWATCH_CLICKHOUSE__DATABASE", f"lacked_{secrets.token_hex(4)}")
+    settings = load()
+    [one, other] = windows(2)
+    letters = [
+        msgspec.structs.replace(letter(f"r1:{one.batch_id}", one.camera_id), message=GONE),
+        letter(f"r2:{other.batch_id}", other.camera_id),
+    ]
+    await put(settings.clickhouse, on_log("dead_letters", letters))
+    async with aclosing(Queries(settings.clickhouse)) as store:
+        office = replays.Office(settings, None, store, prompts=None, cameras=None, table=None, metas={})
+        assert await office.lacked_llm("r1")
+        assert not await office.lacked_llm("r2"), "it failed by itself"
+        await put(settings.clickhouse, on_log("replay_events", [replay_event(verdict(one, "r1"))]))
+        assert not await office.lacked_llm("r1")
+
+
+def test_with_an_llm_elsewhere_the_rest_of_a_plan_stays() -> None:
     made = replays.Made("r1", "n", Plan(kind="change", change=Change(prompt="p", llm=Llm(url="a", model_path="m"))))
     moved = replays.with_llm(made, Llm(url="b", model_path="m"))
     assert moved.plan.change == Change(prompt="p", llm=Llm(url="b", model_path="m"))

@@ -143,12 +143,15 @@ class World:
         self.owner: object = None
         self.worker = True
         self.fails: Callable[[str], bool] = lambda _: False
+        self.says = "nothing usable came back"
+        self.hidden: list[Callable[[], None]] = []
+        """Steps of others that are on the log, and read by `load` only."""
         self.meanwhile: Callable[[], None] = lambda: None
         """What happens while the outcome of an append is unknown."""
         self.most_waiting = 0
         self.forgotten: list[tuple[str, bool, int]] | None = None
         """What ClickHouse has where the log has forgotten everything."""
-        self._judged: set[str] = set()
+        self._judged: set[tuple[str, int]] = set()
         self._offsets = itertools.count()
 
     def put(self, emits: Sequence[Emit]) -> None:
@@ -161,14 +164,19 @@ class World:
 
     def work(self, most: int = 2) -> None:
         """Judge some units that nobody judged yet."""
-        todo = [record for record in self.of("replay_units") if record.key.decode() not in self._judged][:most]
+        todo = [one for one in self.of("replay_units") if (one.key.decode(), one.attempts) not in self._judged][:most]
         for record in todo:
             unit = codec.decode(record, ReplayUnit)
-            self._judged.add(unit.unit_id)
+            self._judged.add((unit.unit_id, record.attempts))
             one = codec.decode_bytes("contexts", unit.payload, None, Context)
             prompt = next(p for p in (DEFAULT, OTHER) if p.digest == unit.prompt_digest)
             if self.fails(one.batch_id):
-                self.put([codec.emit("dead_letters", letter(unit.unit_id, one.camera_id))])
+                found = letter(unit.unit_id, one.camera_id)
+                origin = record.redriven or record.origin
+                found = msgspec.structs.replace(
+                    found, origin=origin, message=self.says, attempt=record.attempts + 1, value=record.value
+                )
+                self.put([codec.emit("dead_letters", found)])
             else:
                 self.put([codec.emit("replay_events", replay_event(verdict(one, unit.replay_id, prompt)))])
 
@@ -182,6 +190,10 @@ class World:
     @property
     def events(self) -> list[ReplayEvent]:
         return [codec.decode(record, ReplayEvent) for record in self.of("replay_events")]
+
+    @property
+    def letters(self) -> list[DeadLetter]:
+        return [codec.decode(record, DeadLetter) for record in self.of("dead_letters")]
 
     def say(self, state: State, detail: str = "", plan: Plan | None = None) -> None:
         text = (plan or Plan(kind="change")).encode()
@@ -276,6 +288,11 @@ class Desk:
 
     def latest(self) -> Replay | None:
         return self.world.steps[-1] if self.world.steps else None
+
+    async def load(self) -> None:
+        for say in self.world.hidden:
+            say()
+        self.world.hidden.clear()
 
     async def say(self, state: State, detail: str) -> None:
         self._step()

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from processors.analyze import endpoints
+from processors.analyze.endpoints import Caller
 from processors.analyze.fakes import FakeLlm
 from processors.analyze.gate import Priority
 from processors.analyze.judge import Judge
@@ -41,6 +42,7 @@ class Site:
         self.llms = [FakeLlm(script, name=name) for script, name in zip(scripts, "abc", strict=False)]
         self.clock = Clock()
         self.judge = Judge(self.llms, settings(**changes), wall=lambda: 42, clock=self.clock)
+        self.held: asyncio.Task[RiskEvent] | None = None
 
     async def judged(self, item, prompt=DEFAULT) -> RiskEvent:
         return await self.judge.judge(item, prompt, key=item.batch_id)
@@ -340,6 +342,136 @@ async def test_live_work_cancels_a_replay_call_which_is_judged_later_and_blamed_
     assert (await asyncio.wait_for(site.judged(*windows(1)), 5)).run == "live"
     assert (await asyncio.wait_for(replay, 5)).risk_score == 40
     assert script.asked == ["other", "item", "other"]
+
+
+MINE = PromptVersion(
+    template=json.dumps(
+        {"system": "mine", "user": "camera: {{ camera }}\ntime: {{ time }} {{ day_or_night }}", "repair": "r"}
+    ),
+    output_schema=DEFAULT.output_schema,
+    parameters="{}",
+)
+
+
+@pytest.mark.parametrize("live_alone", [False, True])
+async def test_a_replays_canary_gives_way_to_a_live_window_as_its_windows_do(live_alone):
+    flying = asyncio.Event()
+
+    async def fly(_):
+        flying.set()
+        await hang()
+
+    script = Script(other=[died(), answer(40)], canary=[fly, answer()])
+    site = Site(script, slots=1, deadline_s=60, live_alone=live_alone)
+    other = context((seen("dog"),), camera="other")
+    replay = asyncio.create_task(
+        site.judge.judge(other, DEFAULT, key="other", run="replay-1", priority=Priority.REPLAY)
+    )
+    await flying.wait()
+    assert (await asyncio.wait_for(site.judged(*windows(1)), 5)).run == "live"
+    assert (await asyncio.wait_for(replay, 5)).risk_score == 40
+    assert script.asked == ["other", "canary", "item", "canary", "other"]
+
+
+async def test_a_live_windows_canary_is_at_nobodys_expense_but_replays():
+    flying, release = asyncio.Event(), asyncio.Event()
+
+    async def fly(_):
+        flying.set()
+        await release.wait()
+        return answer()
+
+    script = Script(item=[died(), answer()], canary=[fly])
+    site = Site(script, slots=1, deadline_s=60)
+    live = asyncio.create_task(site.judged(*windows(1)))
+    await flying.wait()
+    other = asyncio.create_task(site.judged(context((seen("dog"),), camera="other")))
+    await asyncio.sleep(0)
+    release.set()
+    await asyncio.wait_for(asyncio.gather(live, other), 5)
+    assert script.asked.count("canary") == 1, "it is live work, which none displaces"
+
+
+async def busy(site: Site) -> asyncio.Event:
+    """Have a live window hold the only slot, until the event is set."""
+    release = asyncio.Event()
+
+    async def held(_):
+        await release.wait()
+        return answer()
+
+    site.scripts[0].said["held"] = [held]
+    site.held = asyncio.create_task(site.judged(context((seen("cat"),), camera="held")))
+    while not site.counts("held")[0]:
+        await asyncio.sleep(0)
+    return release
+
+
+@pytest.mark.parametrize("prompt", [DEFAULT, MINE], ids=["its own", "another's, which is judged after it"])
+async def test_a_replays_canary_that_live_work_waits_for_is_live_work(prompt):
+    site = Site(Script(), slots=1, deadline_s=60)
+    release = await busy(site)
+    [endpoint] = site.judge._endpoints.all
+    prove = site.judge._endpoints.prove
+    replay = asyncio.create_task(prove(endpoint, DEFAULT, site.judge._endpoints.tick(), Caller(Priority.REPLAY)))
+    await asyncio.sleep(0)
+    shadow = site.judge.judge(context((seen("dog"),), camera="shadow"), DEFAULT, key="s", priority=Priority.SHADOW)
+    shadow = asyncio.create_task(shadow)
+    live = asyncio.create_task(prove(endpoint, prompt, 0))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    release.set()
+    await asyncio.wait_for(asyncio.gather(replay, live, shadow, site.held), 5)
+    # Another prompt's canary stands in no queue yet when the slot is free again.
+    assert site.scripts[0].asked == ["held", "canary", "shadow", *["canary"][: prompt is MINE]]
+    assert not endpoint.waits
+
+
+async def test_a_live_window_that_waits_for_what_a_replay_is_finding_out_does_so_as_live_work():
+    site = Site(Script(), slots=1, deadline_s=60)
+    release = await busy(site)
+    [endpoint] = site.judge._endpoints.all
+    endpoint.doubt = "refused work"
+    replay = asyncio.create_task(
+        site.judge.judge(context((seen("dog"),), camera="r"), MINE, key="r", priority=Priority.REPLAY)
+    )
+    shadow = asyncio.create_task(site.judge.gate.run(noted(site), among="a", priority=Priority.SHADOW))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    live = asyncio.create_task(site.judged(*windows(1), MINE))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    release.set()
+    await asyncio.wait_for(asyncio.gather(replay, live, shadow, site.held), 5)
+    assert site.scripts[0].asked == ["held", "canary", "shadow", "item", "r"], "the canary was before the shadow"
+    assert not endpoint.waits
+
+
+def noted(site: Site):
+    async def work(_) -> None:
+        site.scripts[0].asked.append("shadow")
+
+    return work
+
+
+async def test_a_canary_that_gets_no_slot_says_that_live_windows_come_first_and_blames_nobody():
+    site = Site(Script(), slots=1, deadline_s=60)
+    release = await busy(site)
+    [endpoint] = site.judge._endpoints.all
+    impatient = Caller(Priority.REPLAY, 0.01)
+    with pytest.raises(UnavailableError, match="windows that come first have every slot") as caught:
+        await site.judge._endpoints.prove(endpoint, DEFAULT, 0, impatient)
+    assert caught.value.waiting_on == "live"
+    endpoint.doubt = "refused work"
+    with pytest.raises(UnavailableError) as caught:
+        await site.judge._endpoints.find(DEFAULT, impatient)
+    assert caught.value.waiting_on == "live"
+    assert not endpoint.pauses
+    assert not endpoint.canaries
+    assert endpoint.away is None
+    release.set()
+    await asyncio.wait_for(site.held, 5)
+    assert await site.judge._endpoints.find(DEFAULT, impatient) == [endpoint]
 
 
 async def test_closing_ends_what_is_being_asked():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from processors.analyze.gate import BusyError, ClosedError, Gate, Held, Priority
+from processors.analyze.gate import BusyError, ClosedError, Gate, Held, Priority, Urgency
 
 LIVE, SHADOW, REPLAY = Priority
 
@@ -29,7 +29,7 @@ class Calls:
         self.tasks: dict[str, asyncio.Task[str]] = {}
         self._end: dict[str, asyncio.Event] = {}
 
-    async def call(self, name: str, priority: Priority = LIVE, *, among: str = "", **wants) -> None:
+    async def call(self, name: str, priority: Priority | Urgency = LIVE, *, among: str = "", **wants) -> None:
         self._end[name] = asyncio.Event()
         run = self.gate.run(self._work(name), among=among or self.among, priority=priority, **wants)
         self.tasks[name] = asyncio.create_task(run)
@@ -282,6 +282,34 @@ async def test_a_call_with_patience_says_when_no_slot_came_and_leaves_nothing_be
     calls._end["replay"] = asyncio.Event()
     calls._end["replay"].set()
     assert await calls.gate.run(calls._work("replay"), among="a", priority=REPLAY, patience_s=0.01) == "replay"
+
+
+async def test_a_call_that_is_hastened_stands_where_its_new_priority_does_and_gives_way_no_more():
+    calls = Calls(gate_of(a=1))
+    urgency = Urgency(REPLAY)
+    await calls.call("first")
+    await calls.call("hastened", urgency)
+    await calls.call("shadow", SHADOW)
+    calls.gate.hasten(urgency, LIVE)
+    calls.gate.hasten(urgency, SHADOW)
+    assert urgency.priority is LIVE, "it is never made less urgent"
+    await calls.end("first")
+    assert calls.at == {"hastened": "a"}
+    await calls.call("live")
+    assert calls.at == {"hastened": "a"}
+    await calls.end("hastened", "live", "shadow")
+    assert calls.began == ["first", "hastened", "live", "shadow"]
+
+
+async def test_one_that_is_hastened_gets_the_slot_of_a_replay_call():
+    calls = Calls(gate_of(a=1))
+    urgency = Urgency(REPLAY)
+    await calls.call("replay", REPLAY)
+    await calls.call("hastened", urgency)
+    calls.gate.hasten(urgency, LIVE)
+    await settle()
+    assert calls.at == {"hastened": "a"}
+    await calls.end("hastened", "replay")
 
 
 async def test_patience_is_for_the_slot_and_not_for_the_work():

@@ -357,6 +357,65 @@ async def test_partitions_take_turns_and_each_keeps_its_order(store, queries):
     assert made == (await cut(queries, plan))[0]
 
 
+@pytest.fixture
+async def two_lives(store):
+    """The broker was made anew: the second half of a camera's day was taken in again, and the next day besides."""
+    items = day(hours=6, cameras=("twice",))
+    first, second = len(items) * 2 // 3, len(items) // 3
+    pasts = Past(items[:first]), Past(items[second:])
+    await keep(store, *pasts)
+    return pasts
+
+
+def of_both(pasts, **scope):
+    upto = tuple(bound for past in pasts for bound in past.bounds)
+    return msgspec.structs.replace(pasts[0].plan(**scope), upto=upto)
+
+
+@pytest.mark.real
+async def test_a_window_whose_frames_are_in_two_lives_of_the_log_is_made_once(two_lives, queries):
+    recorded = [{window.batch_id for window in past.windows} for past in two_lives]
+    assert len(recorded[0] & recorded[1]) > 5
+    assert recorded[0] - recorded[1]
+    assert recorded[1] - recorded[0]
+    made, whole = await cut(queries, of_both(two_lives))
+    batches = [window.batch_id for window in made]
+    assert sorted(batches) == sorted(recorded[0] | recorded[1])
+    assert len(whole.open) == len(set(whole.open))
+    assert [window.batch_id async for window in whole.windows()] == batches
+
+
+@pytest.mark.real
+async def test_a_sample_of_two_lives_has_as_many_windows_as_were_asked_for(two_lives, queries):
+    made, _ = await cut(queries, of_both(two_lives, sample=40))
+    assert len({window.batch_id for window in made}) == len(made) == 40
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("whole", [False, True], ids=["from its middle on", "whole"])
+async def test_windows_are_the_same_when_the_rows_of_a_later_life_have_replaced_an_earlier_ones(store, queries, whole):
+    """Where a camera's records lie and how it was set then is told by its rows: one for a frame, once merged."""
+    name = f"merged-{whole}"
+    items = day(hours=6, cameras=(name,))
+    first, switch = len(items) * 2 // 3, len(items) // 2
+    versions = camera(name, SMALL, at=-1), camera(name, DEFAULT, at=switch)
+    parts = items[:first], items[0 if whole else len(items) // 3 :]
+    pasts = [Past(part, lambda _, offset: versions[offset >= switch]) for part in parts]
+    await keep(store, *pasts, cameras=versions)
+    recorded = {window.batch_id: window.batch for past in pasts for window in past.windows}
+    scopes = [{}, {"since": T0 + 7_920_000}, {"since": T0 + 10_800_000}, {"until": T0 + 10_800_000}]
+    for merged in (False, True):
+        if merged:
+            client = await store.connection.client()
+            for table in ("detections", "batches", "contexts"):
+                await client.command(f"OPTIMIZE TABLE {table} FINAL")
+        for scope in scopes:
+            made, _ = await cut(queries, of_both(pasts, **scope))
+            since, until = scope.get("since", 0), scope.get("until", sys.maxsize)
+            expected = [batch for batch, of in recorded.items() if since <= of.started_at < until]
+            assert sorted(window.batch_id for window in made) == sorted(expected), (merged, scope)
+
+
 @pytest.mark.real
 async def test_what_came_after_the_plan_was_made_is_not_read(past, queries):
     bound = past.bounds[1]

@@ -6,9 +6,13 @@ import msgspec
 import pytest
 
 from processors.replay.history import Said, Window
-from processors.replay.plan import Change, Plan
+from processors.replay.ledger import AWAY
+from processors.replay.plan import Change, Llm, Plan
 from processors.replay.planner import EndedError, TakenOverError
+from schemas import ids
 from streams import codec
+from streams.errors import UnavailableError
+from streams.redrives import again
 from tests.processors.planner_kit import (
     CAMERAS,
     DEFAULT,
@@ -26,6 +30,7 @@ from tests.processors.planner_kit import (
     verdict,
     windows_of,
 )
+from tests.processors.replay_kit import Known, judge_of, replay, stage_of, unit
 
 CHANGE = Plan(kind="change", change=Change(prompt=OTHER.digest))
 BASELINE = Plan(kind="baseline")
@@ -36,6 +41,7 @@ STRICT = Plan(kind="baseline", mode="strict")
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits between two tries."""
     monkeypatch.setattr("processors.replay.planner._AGAIN_S", 0)
+    monkeypatch.setattr("processors.replay.planner._CLAIM_S", 0)
 
 
 def exactly_once(world: World, windows: list[Window]) -> None:
@@ -55,6 +61,28 @@ async def test_every_window_is_one_unit_on_its_cameras_partition_and_has_one_res
     assert {event.event.prompt_digest for event in world.events} == {OTHER.digest}
     assert [step.state for step in world.steps] == ["running", "done"]
     assert world.steps[-1].detail == "10 judged, 0 reused, 0 failed, 0 left out"
+
+
+class Doubled(Source):
+    """Windows that come twice, though known ones are left out: in one page, and in a page much later."""
+
+    async def pages(self, known):
+        async for page in super().pages(known):
+            yield [*page, *page]
+        async for page in super().pages(lambda _: False):
+            yield page
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+async def test_a_window_that_comes_twice_is_one_unit_or_one_result(slots) -> None:
+    """With eight slots its second copy comes while the first still waits to be handed out."""
+    world, windows = World(), windows_of(12)
+    source = Doubled(windows)
+    told = await planner(world, [], source=source, slots=slots, said=recorded(windows[6:])).run()
+    batches = sorted(event.event.batch_id for event in world.events)
+    assert batches == sorted(window.context.batch_id for window in windows)
+    assert sorted(world.units) == [f"{REPLAY}:{batch}" for batch in sorted(w.context.batch_id for w in windows[:6])]
+    assert (told.judged, told.reused) == (6, 6)
 
 
 async def test_killed_at_any_step_and_resumed_every_unit_is_there_exactly_once() -> None:
@@ -152,17 +180,131 @@ async def test_a_planner_that_only_waits_notices_that_another_goes_on() -> None:
     exactly_once(world, windows)
 
 
-async def test_a_planner_whose_producer_was_fenced_says_so_and_appends_nothing() -> None:
+@pytest.mark.parametrize("state", ["running", "done"])
+async def test_a_planner_that_was_fenced_by_another_says_so_and_appends_nothing(state) -> None:
     world, windows = World(), windows_of(12)
-    desk = Desk(world)
-    task = asyncio.create_task(planner(world, windows, desk=desk).run())
+    task = asyncio.create_task(planner(world, windows).run())
     while not world.units:
         await asyncio.sleep(0)
     before = len(world.units)
     world.owner = None
-    with pytest.raises(TakenOverError, match="another planner"):
+    world.hidden.append(lambda: world.say(state, "another"))  # it is on the log, and not read yet
+    with pytest.raises(TakenOverError, match="another"):
         await task
     assert len(world.units) == before
+    assert world.steps[-1].detail == "another", "the last word is the other one's"
+
+
+async def test_fenced_by_nobody_it_begins_anew() -> None:
+    """The coordinator ends a transaction that takes too long: a laptop slept."""
+    world, windows = World(), windows_of(12)
+    task = asyncio.create_task(planner(world, windows).run())
+    while not world.units:
+        await asyncio.sleep(0)
+    world.owner = None
+    await task
+    exactly_once(world, windows)
+    assert world.steps[-1].state == "done"
+
+
+@pytest.mark.parametrize("error", [ValueError("what nobody foresaw"), UnavailableError("store", "what nobody foresaw")])
+async def test_what_it_cannot_mend_leaves_it_failed_and_resumed_it_goes_on(error, monkeypatch) -> None:
+    monkeypatch.setattr("processors.replay.planner._PATIENCE_S", 0)
+    world, windows = World(), windows_of(12)
+    broken = planner(world, windows)
+
+    async def sort(_):
+        raise error
+
+    broken._ports.sorter.sort = sort
+    with pytest.raises(type(error), match="what nobody foresaw"):
+        await broken.run()
+    assert (world.steps[-1].state, world.steps[-1].detail) == ("failed", str(error))
+    await planner(world, windows, who="b").run()
+    exactly_once(world, windows)
+
+
+async def test_an_error_does_not_speak_over_what_was_asked_for(monkeypatch) -> None:
+    world, windows = World(), windows_of(12)
+    broken = planner(world, windows)
+
+    async def sort(_):
+        world.say("cancelled", "because")
+        raise ValueError("what nobody foresaw")
+
+    broken._ports.sorter.sort = sort
+    with pytest.raises(ValueError, match="foresaw"):
+        await broken.run()
+    assert world.steps[-1].state == "cancelled"
+
+
+GONE = "http://127.0.0.1:1, the LLM of replay n, is away: connection refused"
+
+
+async def test_what_failed_without_its_llm_is_judged_when_it_is_resumed_once_each_killed_wherever() -> None:
+    windows = windows_of(9)
+    lost = {window.context.batch_id for window in windows[2:7]}
+    for die in range(1000):
+        world = World()
+        world.fails, world.says = lost.__contains__, GONE
+        first = await planner(world, windows).run()
+        assert (first.judged, first.failed) == (4, 5)
+        letters = {letter.key: letter for letter in world.letters}
+        world.fails = lambda _: False
+        killed = False
+        try:
+            told = await planner(world, windows, who="b", die=die).run()
+        except KilledError:
+            killed = True
+            told = await planner(world, windows, who="c").run()
+        assert (told.judged, told.failed) == (9, 0)
+        assert sorted(event.event.batch_id for event in world.events) == sorted(w.context.batch_id for w in windows)
+        redriven = [record for record in world.of("replay_units") if record.redriven]
+        assert sorted(record.key.decode() for record in redriven) == sorted(f"{REPLAY}:{batch}" for batch in lost)
+        for record in redriven:
+            assert (record.redriven, record.attempts) == (letters[record.key].origin, letters[record.key].attempt)
+        if not killed:
+            break
+    assert die > 10, "each step of a life was the last one once"
+
+
+def test_what_the_stage_says_of_an_llm_that_is_away_the_ledger_takes_for_it() -> None:
+    named = replay(REPLAY, CHANGE)
+    lost = unit(REPLAY, windows_of(1)[0].context)
+    said = stage_of(judge_of([]), Known(named))._lost_text(lost, Llm(url="http://x"), UnavailableError("llm", "gone"))
+    assert AWAY in said
+    assert AWAY in GONE
+
+
+async def test_what_fails_again_without_its_llm_waits_for_the_next_time() -> None:
+    world, windows = World(), windows_of(3)
+    world.fails, world.says = lambda _: True, GONE
+    for tried in range(1, 4):
+        told = await planner(world, windows, who=str(tried)).run()
+        assert (told.judged, told.failed) == (0, 3)
+        assert len(world.units) == 3 * tried
+
+
+async def test_what_failed_by_itself_is_not_asked_again_by_a_resume() -> None:
+    world, windows = World(), windows_of(3)
+    world.fails = lambda _: True
+    for who in "ab":
+        told = await planner(world, windows, who=who).run()
+        assert (told.judged, told.failed) == (0, 3)
+    assert len(world.units) == 3
+
+
+async def test_redriven_while_nobody_planned_a_unit_is_waited_for() -> None:
+    world, windows = World(), windows_of(3)
+    world.fails = lambda _: True
+    await planner(world, windows).run()
+    said = world.letters[0]
+    place = ids.place(said.origin)
+    record, _ = again(place, said.attempt, key=said.key, value=said.value, headers=(), by="cli", at=1)
+    world.put([record])
+    world.fails = lambda _: False
+    told = await planner(world, windows, who="b").run()
+    assert (told.judged, told.failed) == (1, 2)
 
 
 @pytest.mark.parametrize("state", ["paused", "cancelled"])

@@ -264,6 +264,36 @@ async def test_killed_after_any_page_it_looks_at_no_frame_twice(queries, store, 
     assert told(made) == told(past.windows)
 
 
+async def test_frames_that_are_in_two_lives_of_the_log_are_looked_at_once(queries, store, claims):
+    """Also those that cannot be looked at: nobody would remember that they were tried."""
+
+    class Counting(FakeDetector):
+        seen = 0
+
+        def detect(self, images):
+            self.seen += len(images)
+            if any(image.getpixel((0, 0))[0] < 60 for image in images):
+                raise RuntimeError("no")
+            return super().detect(images)
+
+    footage = Footage("twice", [200] * 9 + [30], FakeDetector(), every=7)
+    past = await stored(footage, claims, store)
+    again = await footage.lived(claims)
+    again.log.append(again.log[0]._replace(offset=len(again.log)))  # taken in twice by the same life
+    await keep(store, again)
+    plan = msgspec.structs.replace(past.plan(Change(detector="x")), upto=(*past.bounds, *again.bounds))
+    log, detector = Log(), Counting()
+    made, redetection, _ = await run(queries, plan, detector, claims, log)
+    units = [codec.decode(record, ReplayUnit).unit_id for record in log.records]
+    assert len(units) == len(set(units)) == redetection.looked == 9
+    assert detector.seen <= 10 + 9  # a batch with a picture that it cannot bear is looked at one by one
+    assert list(redetection.skipped.named) == [footage.frames[9].frame_id]
+    assert sorted(w.batch_id for w in made) == sorted({w.batch_id for w in made})
+    # Whoever hears of nothing meanwhile is not given a frame twice, either.
+    chunks = redetection.chunks(lambda _: False)
+    assert sum([len(chunk.units) async for chunk in chunks]) == 9
+
+
 async def test_what_others_appended_is_shown(queries, claims):
     log = Log()
     unit = ReplayUnit(

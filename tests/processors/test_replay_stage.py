@@ -8,8 +8,10 @@ import pytest
 from aiokafka.errors import KafkaConnectionError
 from msgspec.structs import replace as changed
 
+from processors.analyze.fakes import FakeLlm
 from processors.analyze.gate import Priority
-from processors.analyze.judge import ATTEMPTS
+from processors.analyze.judge import ATTEMPTS, Judge
+from processors.analyze.settings import LlmSettings
 from processors.analyze.stage import AnalyzeStage
 from processors.replay import stage as module
 from processors.replay.plan import Bound, Change, Llm, Scope
@@ -145,6 +147,98 @@ async def test_a_plans_own_llm_is_asked_and_the_shared_one_is_not():
     assert another.gate.busy == judge.gate.busy == 0
 
 
+OWN = Llm(url="http://127.0.0.1:9", model_path="/models/other.gguf")
+OWNS = changed(plan(), change=Change(prompt=STRICT.digest, llm=OWN))
+"""A plan with an LLM of its own."""
+
+
+class Absent(FakeLlm):
+    """Nobody listens there, until somebody does."""
+
+    away = True
+
+    async def server(self):
+        if self.away:
+            raise UnavailableError("llm", "connection refused")
+        return await super().server()
+
+
+def with_own(*replays, state="running", here=well):
+    """A stage, its control records and another LLM that is away, of which the replay r1 says it is its own."""
+    llm, known = Absent(well), Known(replay("r1", OWNS, state), *replays)
+    stage = stage_of(judge_of(here), known, {OWN: Judge([llm], LlmSettings(), wall=lambda: 42)})
+    return stage, known, llm
+
+
+async def gives_up(stage, record) -> str:
+    """What the dead letter says that a record ends in; it is asked again and again, as a host does."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await stage.handle(record)
+            except UnprocessableError as error:
+                return str(error)
+            except UnavailableError:
+                await asyncio.sleep(0)
+
+
+async def test_a_replay_whose_own_llm_stays_away_is_dead_letters_after_a_while_and_others_go_on(monkeypatch):
+    monkeypatch.setattr(module, "_AWAY_S", 0.2)
+    stage, _, llm = with_own(replay("r2", plan()))
+    with pytest.raises(UnavailableError, match="connection refused") as caught:
+        await stage.handle(unit_of("r1"))
+    assert caught.value.waiting_on == "llm"
+    said = await gives_up(stage, unit_of("r1"))
+    assert "http://127.0.0.1:9, the LLM of replay the r1, is away: connection refused" in said
+    assert "`rewatch replay resume the r1` serves it again" in said
+    with pytest.raises(UnprocessableError):
+        await stage.handle(unit_of("r1", 1))  # it does not wait anew for each
+    assert len(events(await stage.handle(unit_of("r2")))) == 1
+    llm.away = False
+    assert len(events(await stage.handle(unit_of("r1", 1)))) == 1
+    llm.away = True
+    stage._judges.of(OWN)._endpoints.set_aside(stage._judges.of(OWN)._endpoints.all[0], caught.value)
+    with pytest.raises(UnavailableError):
+        await stage.handle(unit_of("r1", 2))
+
+
+async def test_time_in_which_nobody_asked_a_replays_own_llm_is_not_held_against_it(monkeypatch):
+    monkeypatch.setattr(module, "_AWAY_S", 0.05)
+    stage, *_ = with_own()
+    for _ in range(2):
+        with pytest.raises(UnavailableError):
+            await stage.handle(unit_of("r1"))
+        await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("state", ["paused", "done", "failed"])
+async def test_where_nobody_serves_a_replays_own_llm_any_more_its_units_are_dead_letters_at_once(state):
+    stage, known, _ = with_own(state=state)
+    with pytest.raises(UnprocessableError, match="`rewatch replay resume the r1`"):
+        await stage.handle(unit_of("r1"))
+    known.on_log["r1"] = replay("r1", OWNS)  # it was resumed, and the stage has not heard of it
+    with pytest.raises(UnavailableError):
+        await stage.handle(unit_of("r1"))
+
+
+async def test_a_server_of_somebody_else_is_theirs_to_start():
+    theirs = Llm(url="http://10.0.0.9:8080")
+    known = Known(replay("r1", changed(OWNS, change=Change(prompt=STRICT.digest, llm=theirs)), "paused"))
+    stage = stage_of(judge_of(well), known, {theirs: Judge([Absent(well)], LlmSettings(), wall=lambda: 42)})
+    with pytest.raises(UnprocessableError, match="start that server, then `rewatch replay resume the r1`"):
+        await stage.handle(unit_of("r1"))
+
+
+async def test_the_llm_of_live_windows_is_waited_for_without_limit(monkeypatch):
+    monkeypatch.setattr(module, "_AWAY_S", 0.0)
+    shared = Judge([Absent(well)], LlmSettings(), wall=lambda: 42)
+    stage = stage_of(shared, Known(replay("r1", plan(), "paused"), replay("r2", plan())))
+    for _ in range(20):
+        for name in ("r1", "r2"):
+            with pytest.raises(UnavailableError, match="connection refused"):
+                await stage.handle(unit_of(name))
+
+
 async def test_a_live_window_takes_the_slot_of_a_unit_which_is_judged_afterwards():
     began: list[str] = []
     held = asyncio.Event()
@@ -196,6 +290,52 @@ async def test_units_have_their_replays_share_of_the_slots_and_live_windows_are_
     for name in ("r1", "r2"):
         known.say(replay(name, plan(), "done"))
     assert stage.at_once("replay_units") == 1
+
+
+async def test_each_replay_has_its_own_share_also_beside_one_whose_planner_died(monkeypatch):
+    holding, release = asyncio.Semaphore(0), asyncio.Event()
+
+    async def held(_) -> str:
+        holding.release()
+        await release.wait()
+        return answer()
+
+    known = Known(replay("dead", plan()), replay("r1", plan(share=0.25)))
+    judge = judge_of(held, slots=8)
+    stage = stage_of(judge, known)
+    release.set()
+    await judge.judge(window(0), DEFAULT, key="k")  # it knows its slots then
+    await holding.acquire()
+    release.clear()
+    mine = [asyncio.create_task(stage.handle(unit_of("r1", number))) for number in range(8)]
+    for _ in range(2):
+        await holding.acquire()
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert judge.gate.busy == 2, "a quarter of 8, though the other's slots are free"
+    assert stage.at_once("replay_units") == 8 + 6, "who waits for a turn keeps nobody else out"
+    others = [asyncio.create_task(stage.handle(unit_of("dead", number))) for number in range(6)]
+    for _ in range(6):
+        await holding.acquire()
+    assert judge.gate.busy == 8
+    known.say(replay("r1", plan(share=0.5)))
+    release.set()
+    assert len(await asyncio.wait_for(asyncio.gather(*mine, *others), 5)) == 14
+    assert stage.at_once("replay_units") == 8
+    release.clear()
+    mine = [asyncio.create_task(stage.handle(unit_of("r1", number))) for number in range(8, 16)]
+    for _ in range(6 + 4):
+        await holding.acquire()
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert judge.gate.busy == 4, "the share that it was given since"
+    stage.patience_s = 0.03
+    with pytest.raises(UnavailableError, match="units that come first have the whole share") as caught:
+        await stage.handle(unit_of("r1", 16))
+    assert caught.value.waiting_on == "live"
+    release.set()
+    await asyncio.wait_for(asyncio.gather(*mine), 5)
+    assert judge.gate.busy == 0
 
 
 async def test_without_a_shadow_a_live_window_is_not_even_decoded(monkeypatch):
