@@ -31,7 +31,7 @@ from streams.delivery import FencedProducer
 from streams.kafka import Kafka, incoming
 from streams.topics import partition_of
 from tests.infra.cli_kit import answer, invoke
-from tests.processors.planner_kit import letter
+from tests.processors.planner_kit import CAMERAS, letter
 from tests.processors.recorded_kit import judged, on_log, put, windows
 
 OTHER = "deliveries-strict-nights"
@@ -109,6 +109,10 @@ def test_a_strict_run_is_well_only_where_every_verdict_was_compared_and_the_same
 COUNT = 24
 CALMER = f"calmer-{secrets.token_hex(3)}"
 
+MINE = tuple(f"{camera}-{secrets.token_hex(3)}" for camera in CAMERAS)
+"""Cameras of these tests alone: a sink brings what the others put on the broker, too."""
+OF_MINE = tuple(word for camera in MINE for word in ("--camera", camera))
+
 
 @pytest.fixture
 def mine(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
@@ -120,7 +124,7 @@ def mine(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 def recorded(settings: Settings, count: int = COUNT) -> list[str]:
     """Windows of this test alone: the broker is shared, and what another test had judged would be reused."""
-    contexts = windows(count, first=100 * secrets.randbelow(100_000))
+    contexts = windows(count, first=100 * secrets.randbelow(100_000), cameras=MINE)
     # As the model of the stack would have been named: a baseline repeats only what the same weights judged.
     events = judged(contexts, model="analyst", model_digest="")
     asyncio.run(put(settings.clickhouse, on_log("contexts", contexts), on_log("risk_events", events)))
@@ -171,12 +175,12 @@ async def until_judged(settings: Settings, starts: dict[TopicPartition, int], co
 @pytest.mark.real
 def test_a_replay_from_its_plan_to_its_end_and_what_it_never_does_twice(mine: Settings) -> None:
     batches = sorted(recorded(mine))
-    plan = answer("replay", "plan", "--prompt", OTHER, "--since", "2026-01-01")
+    plan = answer("replay", "plan", "--prompt", OTHER, *OF_MINE, "--since", "2026-01-01")
     assert (plan["windows"], plan["reused"], plan["entry"], plan["kind"]) == (COUNT, 0, "contexts", "change")
     assert plan["prompt_tokens"] == COUNT * 80
 
     for model in ("demo", "http://127.0.0.1:1", "http://127.0.0.1:1/v1/"):
-        other = answer("replay", "plan", "--model", model, "--since", "2026-01-01")
+        other = answer("replay", "plan", "--model", model, "--since", "2026-01-01", *OF_MINE)
         assert (other["windows"], other["reused"], other["kind"]) == (COUNT, 0, "change")
         llm = other["change"]["llm"]
         assert (llm["url"], bool(llm["model_path"])) == (
@@ -190,7 +194,7 @@ def test_a_replay_from_its_plan_to_its_end_and_what_it_never_does_twice(mine: Se
     assert (wrong.exit_code, "--where: ClickHouse says: Unknown expression" in wrong.output) == (2, True)
     assert answer("replay", "plan", "--camera", "nowhere", code=1)["windows"] == 0
 
-    first = answer("replay", "run", "--prompt", OTHER, "--name", CALMER, "--baseline", "5")
+    first = answer("replay", "run", "--prompt", OTHER, "--name", CALMER, *OF_MINE, "--baseline", "5")
     assert {name: first[name] for name in ("name", "state", "judged", "reused", "failed", "left_out")} == {
         "name": CALMER,
         "state": "done",
@@ -214,7 +218,7 @@ def test_a_replay_from_its_plan_to_its_end_and_what_it_never_does_twice(mine: Se
     assert digests[first["replay_id"]] == prompts.deliveries_strict_nights().digest
     assert digests[noise["replay_id"]] == prompts.default().digest
 
-    again = answer("replay", "run", "--prompt", OTHER, "--baseline", "0", "--name", f"{CALMER}-again")
+    again = answer("replay", "run", "--prompt", OTHER, "--baseline", "0", "--name", f"{CALMER}-again", *OF_MINE)
     assert (again["judged"], again["reused"], again["tokens"]) == (0, COUNT, 0)
 
     rows = answer("replay", "ls")
@@ -234,7 +238,7 @@ def test_a_replay_from_its_plan_to_its_end_and_what_it_never_does_twice(mine: Se
 @pytest.mark.chaos
 def test_killed_in_the_middle_it_goes_on_and_nothing_is_there_twice(mine: Settings) -> None:
     batches = sorted(recorded(mine, 60))
-    command = ("replay", "run", "--prompt", OTHER, "--name", "killed", "--baseline", "0")
+    command = ("replay", "run", "--prompt", OTHER, "--name", "killed", *OF_MINE, "--baseline", "0")
     code = "import sys; from infra.cli import main; sys.argv[1:] = " + repr(list(command)) + "; main()"
     starts = asyncio.run(ends(mine))
     process = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ), stderr=subprocess.DEVNULL)
@@ -252,7 +256,8 @@ def test_killed_in_the_middle_it_goes_on_and_nothing_is_there_twice(mine: Settin
 @pytest.mark.real
 def test_paused_it_stops_resumed_it_ends_and_cancelled_it_stays_so(mine: Settings) -> None:
     batches = sorted(recorded(mine))
-    few = answer("replay", "run", "--prompt", OTHER, "--name", "thrifty", "--baseline", "0", "--max-tokens", "1500")
+    thrifty = ("--name", "thrifty", "--baseline", "0", "--max-tokens", "1500")
+    few = answer("replay", "run", "--prompt", OTHER, *OF_MINE, *thrifty)
     assert few["state"] == "paused"
     assert "tokens are spent, 1500 are allowed" in few["detail"]
     assert 0 < few["judged"] < COUNT
@@ -260,7 +265,8 @@ def test_paused_it_stops_resumed_it_ends_and_cancelled_it_stays_so(mine: Setting
     done = answer("replay", "resume", "thrifty", "--max-tokens", "1000000")
     assert (done["state"], done["judged"]) == ("done", COUNT)
     assert of(mine, done["replay_id"]) == batches
-    other = answer("replay", "run", "--prompt", "default", "--name", "given-up", "--baseline", "0", "--max-tokens", "1")
+    given_up = ("--name", "given-up", "--baseline", "0", "--max-tokens", "1")
+    other = answer("replay", "run", "--prompt", "default", *OF_MINE, *given_up)
     assert other["state"] == "paused"
     assert "given-up is cancelled" in invoke("replay", "cancel", "given-up").output
     refused = invoke("replay", "resume", "given-up")

@@ -19,9 +19,9 @@ from tests.processors.planner_kit import CAMERAS, verdict
 EPOCH = "a1b2c3d4"
 
 
-def windows(count: int, first: int = 0) -> list[Context]:
+def windows(count: int, first: int = 0, cameras: Sequence[str] = CAMERAS) -> list[Context]:
     """So many windows, a minute apart, from a number on; cameras take turns. Ids and frames are their own."""
-    return [window(n, CAMERAS[n % len(CAMERAS)]) for n in range(first, first + count)]
+    return [window(n, cameras[n % len(cameras)]) for n in range(first, first + count)]
 
 
 def window(number: int, camera: str = "yard", **changed: Any) -> Context:
