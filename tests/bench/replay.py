@@ -49,13 +49,13 @@ class Size(NamedTuple):
     frames: int
     """Of one cut: some six hours of four cameras at one frame a second."""
     windows: int
-    """Of one replay: ten seconds of judging on two cores."""
+    """Of one replay: twenty seconds of judging on two cores; a short one would measure its beginning."""
     live: int
     """Live windows of one half."""
     pairs: int
 
 
-FULL = Size(frames=80_000, windows=320, live=60, pairs=3)
+FULL = Size(frames=80_000, windows=800, live=60, pairs=3)
 QUICK = Size(frames=400, windows=12, live=6, pairs=1)
 
 # Live windows come at a fifth of what the server can do on two cores: the installation is not busy, and is replaying.
