@@ -119,8 +119,6 @@ _LACKED = """
 _PROCESS = re.compile(r"process (?P<pid>\d{1,9}) on (?P<host>\S+) \(")
 """How a planner calls itself."""
 
-_FOREVER_MS = 10_413_791_999_999  # the last instant that ClickHouse can compare with
-
 
 class UnknownReplayError(LookupError):
     """No replay, or several, go by this name; the message says which are near."""
@@ -209,13 +207,8 @@ class Office:
         upto = await history.ends(self.store, *_HISTORY[plan.change.entry])
         frames = 0
         if plan.change.entry != "contexts":
-            scope = plan.scope
-            [row] = await self.store.rows(
-                _FRAMES,
-                cameras=list(scope.cameras),
-                since=max(scope.since or 0, 0),
-                until=_FOREVER_MS if scope.until is None else min(max(scope.until, 0), _FOREVER_MS),
-            )
+            since, until = history.span(plan.scope)
+            [row] = await self.store.rows(_FRAMES, cameras=list(plan.scope.cameras), since=since, until=until)
             frames = row["frames"]
         return msgspec.structs.replace(plan, upto=upto, frames=frames)
 

@@ -1,15 +1,16 @@
 """The stage replay: what it is made of, and how it runs beside analyze in one process, sharing its judge."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import structlog
 
 from infra.config import Settings
+from infra.stopping import StoppedError, unless
 from processors.analyze.judge import Judge
 from processors.analyze.settings import LlmSettings
 from processors.analyze.stage import build_judge
@@ -78,20 +79,22 @@ class Beside:
             told: what Prometheus is told of this process.
         """
         deadline = asyncio.get_running_loop().time() + _FIRST_S
-        while after.generation < 0 and asyncio.get_running_loop().time() < deadline and not stop.is_set():
-            await _unless(stop, asyncio.sleep(_LOOK_S))
-        while not stop.is_set():
-            try:
-                await self._run(stop, status, f"{member}-replay" if member else None, told)
-            except Exception:  # it must not take analyze with it
-                log.exception("replay ended by an error that nobody expected")
-                await _unless(stop, asyncio.sleep(_AGAIN_S))
+        with contextlib.suppress(StoppedError):
+            while after.generation < 0 and asyncio.get_running_loop().time() < deadline:
+                await unless(stop, asyncio.sleep(_LOOK_S))
+            while not stop.is_set():
+                try:
+                    await self._run(stop, status, f"{member}-replay" if member else None, told)
+                except StoppedError:
+                    return
+                except Exception:  # it must not take analyze with it
+                    log.exception("replay ended by an error that nobody expected")
+                    await unless(stop, asyncio.sleep(_AGAIN_S))
 
     async def _run(self, stop: asyncio.Event, status: Path, member: str | None, told: Together) -> None:
         replays = ControlTable(self._kafka, "replays", Replay)
         async with AsyncExitStack() as stack:
-            if not await _unless(stop, stack.enter_async_context(replays.following())):
-                return
+            await unless(stop, stack.enter_async_context(replays.following()))
             stage = build(self._settings, replays, self._prompts, self._judge.share())
             host = RawHost(self._kafka, stage, epochs=self._lives, status=status, member=member)
             told.collectors.append(host.workers.collector)
@@ -128,17 +131,3 @@ async def together(stop: asyncio.Event, *runs: Callable[[asyncio.Event], Awaitab
     for error in ended:
         if error is not None:
             raise error
-
-
-async def _unless(stop: asyncio.Event, doing: Awaitable[Any]) -> bool:
-    """Whether it was done before the stop; else it is cancelled."""
-    done, stopping = asyncio.ensure_future(doing), asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({done, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if done.done():
-            done.result()
-        return done.done()
-    finally:
-        for task in (done, stopping):
-            task.cancel()
-        await asyncio.gather(done, stopping, return_exceptions=True)

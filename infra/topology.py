@@ -5,11 +5,11 @@ Each stage is imported when it is built: torch alone takes seconds and 300 MB, a
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from aiokafka.errors import KafkaError
@@ -18,6 +18,7 @@ from infra.config import Settings
 from infra.local.llama import threads_of
 from infra.local.supervisor import running
 from infra.models import library
+from infra.stopping import StoppedError, unless
 from processors.analyze.settings import LlmSettings
 from processors.telemetry.driver import driver_found
 from schemas.records import Replay, TopicMeta
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from streams.host_raw import RawHost
 
 log = structlog.get_logger(__name__)
-
-T = TypeVar("T")
 
 STAGES = tuple(READS)
 """The stages with an input partition, in the order of the road."""
@@ -138,7 +137,10 @@ async def run(
             followed = [known.table.following(), prompts.table.following(), lives.following()]
             if name == "replay":
                 followed.append(replays.following())
-            await _unless(stop, asyncio.gather(*map(stack.enter_async_context, followed)))
+            try:
+                await unless(stop, asyncio.gather(*map(stack.enter_async_context, followed)))
+            except StoppedError:
+                raise SystemExit(0) from None  # there is nothing to stop yet
         if building is None:
             from processors.ingest.service import run as run_ingest
 
@@ -220,20 +222,6 @@ async def _starting(name: str, status: Path, waits: list[str]) -> AsyncIterator[
         telling.cancel()
         await asyncio.gather(telling, return_exceptions=True)
         status.unlink(missing_ok=True)
-
-
-async def _unless(stop: asyncio.Event, doing: Awaitable[T]) -> T:
-    """What it gives; when asked to stop before that, the end, since there is nothing to stop yet."""
-    done, stopping = asyncio.ensure_future(doing), asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({done, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if done.done():
-            return done.result()
-        raise SystemExit(0)
-    finally:
-        for task in (done, stopping):
-            task.cancel()
-        await asyncio.gather(done, stopping, return_exceptions=True)
 
 
 async def _topics(kafka: Kafka, stop: asyncio.Event, waits: list[str]) -> dict[str, TopicMeta]:

@@ -5,8 +5,6 @@ It is `rewatch run STAGE` without the rest of the command line, whose imports wo
 
 import argparse
 import asyncio
-import contextlib
-import signal
 import sys
 from pathlib import Path
 
@@ -15,20 +13,12 @@ import structlog
 from infra import logs, topology
 from infra.config import ConfigError, Settings, load
 from infra.masks import secrets_of
+from infra.stopping import stop_event
 from processors.detect.settings import ModelError
 from streams.admin import TopicsError
 from streams.serving import SettingsError
 
 log = structlog.get_logger(__name__)
-
-
-def stop_event() -> asyncio.Event:
-    """Set by SIGTERM and Ctrl-C: work in hand is let go in order, not torn off."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(NotImplementedError):  # Windows
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return stop
 
 
 async def work(

@@ -7,7 +7,6 @@ given up. The service dies with it, whatever kills it. LLAMA_API_KEY is the key 
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -23,6 +22,7 @@ from infra.local import llama
 from infra.local.llama import LlamaSettings
 from infra.local.process import ProcessSpec, StartError, last_run, require_free_port
 from infra.local.supervisor import AlreadyRunningError, ProcessFailedError, Supervisor
+from infra.stopping import stop_event
 
 # A server answers /health between two steps of its model; nothing at all for so long, seconds, is no slow answer.
 SILENCE_S = 60.0
@@ -195,11 +195,7 @@ def _noting(place: Path, plan: Plan) -> Callable[[int, str], None]:
 
 
 async def _main(place: Path) -> int:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(NotImplementedError):  # Windows
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return await keep(place, stop)
+    return await keep(place, stop_event())
 
 
 if __name__ == "__main__":

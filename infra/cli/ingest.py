@@ -161,7 +161,7 @@ def ingest_snapshot(  # noqa: PLR0917 (typer makes options of parameters)
     )
 
     async def main() -> "Watch":
-        from infra.worker import stop_event
+        from infra.stopping import stop_event
 
         stop = stop_event()
         async with _ways_in(settings) as appenders:

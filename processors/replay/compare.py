@@ -27,8 +27,9 @@ from processors.replay.plan import Bound, offsets
 from processors.replay.sides import Known, SideError, described, find, replays
 from processors.replay.statistics import GivenLabel
 from processors.replay.strict import Eligible, Texts, eligible, strict
-from processors.replay.verdicts import FIRST_MS, LAST_MS, MEMBERS, Verdicts
+from processors.replay.verdicts import MEMBERS, Verdicts
 from processors.store.queries import Queries, Row
+from processors.store.times import FIRST_MS, LAST_MS
 from schemas.ids import LIVE
 
 # Ids go into the URL: 100 of them, percent-encoded, are 8 KB of the 64 KB that servers take.
@@ -133,23 +134,13 @@ class _Comparing:
         side_a, side_b = statistics.sides(paired)
         prompt_names = {row["digest"]: row["name"] for row in names if row["name"]}
         self._note(coverage)
-        flips = statistics.flips(paired.pairs, labels, None if noise is None else noise.band)
-        return Comparison(
+        return statistics.compared(
+            paired,
+            labels,
+            noise,
             a=_side(self._a, side_a, prompt_names),
             b=_side(self._b, side_b, prompt_names),
             coverage=coverage,
-            pairing=paired,
-            flips=flips,
-            deltas=statistics.deltas(paired.pairs),
-            scores_a=statistics.scores(pair.a for pair in paired.pairs),
-            scores_b=statistics.scores(pair.b for pair in paired.pairs),
-            transitions=statistics.transitions(paired.pairs),
-            by_camera=statistics.by_camera(paired.pairs),
-            by_hour=statistics.by_hour(paired.pairs),
-            by_class=statistics.by_class(paired.pairs),
-            labels=statistics.labelled(paired, labels),
-            noise=noise,
-            p_value=statistics.p_value(len(flips), len(paired.pairs), noise),
             strict=checked,
             notes=tuple(self._notes),
         )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from processors.replay.plan import Bound, PlanError, Scope, Unit
 from processors.store.queries import Queries, QueryError
+from processors.store.times import LAST_MS
 from schemas import ids
 from schemas.records import Context, Record, ReplayEvent, ReplayUnit, RiskEvent
 from streams import codec
@@ -23,7 +24,6 @@ PAGE = 200
 NAMED = 100
 """Windows left out whose names are kept; beyond that they are counted."""
 
-_FOREVER_MS = 10_413_791_999_999  # the last instant that ClickHouse can compare with
 _TOPIC = "contexts"
 
 # Not FINAL: of a window that was recorded twice (its frames were taken in again, by another life of the log) the one
@@ -206,7 +206,7 @@ class RecordedWindows:
         if not self._bounds:
             return []
         wanted = await _where(self._store, scope.where) if scope.where.strip() else None
-        since, until = _instant(scope.since, 0), _instant(scope.until, _FOREVER_MS)
+        since, until = span(scope)
         within = {
             "lives": list(self._bounds),
             "ends": list(self._bounds.values()),
@@ -511,9 +511,11 @@ def _cameras(batches: Collection[str]) -> list[str]:
     return sorted({batch.rpartition(":")[0] for batch in batches})
 
 
-def _instant(at: int | None, default: int) -> int:
-    """A time that ClickHouse can compare with."""
-    return default if at is None else min(max(at, 0), _FOREVER_MS)
+def span(scope: Scope) -> tuple[int, int]:
+    """From when until when a scope reaches, as times that ClickHouse can compare with."""
+    since = 0 if scope.since is None else scope.since
+    until = LAST_MS if scope.until is None else scope.until
+    return min(max(since, 0), LAST_MS), min(max(until, 0), LAST_MS)
 
 
 def unit_of(replay_id: str, context: Context, prompt_digest: str, at: int) -> ReplayUnit:

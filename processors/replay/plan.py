@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from schemas import ids
-from schemas.records import Record, WindowSettings
+from schemas.records import Record, ReplayEvent, RiskEvent, WindowSettings
 
 State = Literal["planned", "running", "paused", "cancelled", "done", "failed"]
 ENDED: frozenset[str] = frozenset({"cancelled", "done"})
@@ -145,6 +145,18 @@ class Unit(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.replay_id}:{self.of}"
+
+
+def event_of(replay_id: str, event: RiskEvent, *, reused: bool) -> ReplayEvent:
+    """A verdict as a replay's, made in its run; `reused`: no call was made for it."""
+    return ReplayEvent(
+        replay_id=replay_id,
+        unit_id=str(Unit(replay_id, event.batch_id)),
+        event_id=event.event_id,
+        camera_id=event.camera_id,
+        reused=reused,
+        event=event,
+    )
 
 
 def replay_id(name: str, at: int) -> str:

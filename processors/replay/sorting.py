@@ -8,7 +8,7 @@ import msgspec
 
 from processors.analyze.core import variables
 from processors.replay.history import Live, Said, Skips, Window
-from processors.replay.plan import Plan, Unit
+from processors.replay.plan import Plan, event_of
 from schemas import ids
 from schemas.prompts import PromptVersion
 from schemas.records import Context, ReplayEvent
@@ -171,11 +171,4 @@ def same(recorded: Context, now: Context) -> bool:
 def repeated(replay_id: str, said: Said) -> ReplayEvent:
     """A recorded verdict as this replay's."""
     event = msgspec.structs.replace(said.event, event_id=ids.event_id(said.event.batch_id, replay_id), run=replay_id)
-    return ReplayEvent(
-        replay_id=replay_id,
-        unit_id=str(Unit(replay_id, event.batch_id)),
-        event_id=event.event_id,
-        camera_id=event.camera_id,
-        reused=True,
-        event=event,
-    )
+    return event_of(replay_id, event, reused=True)

@@ -20,10 +20,10 @@ from processors.analyze.gate import Priority
 from processors.analyze.judge import Judge
 from processors.replay.ledger import AWAY
 from processors.replay.metrics import ReplayMetrics
-from processors.replay.plan import Llm, Plan, PlanError, Unit, offsets
+from processors.replay.plan import Llm, Plan, PlanError, Unit, event_of, offsets
 from schemas import ids, prompts
 from schemas.prompts import PromptVersion
-from schemas.records import Context, DeadLetter, Replay, ReplayEvent, ReplayUnit, RiskEvent
+from schemas.records import Context, DeadLetter, Replay, ReplayUnit, RiskEvent
 from streams import codec
 from streams.errors import UnavailableError, UnprocessableError
 from streams.messages import SOURCE, Emit, Incoming
@@ -392,14 +392,4 @@ def _since(plan: Plan, record: Incoming) -> bool:
 
 
 def _emit(name: str, event: RiskEvent) -> Emit:
-    return codec.emit(
-        "replay_events",
-        ReplayEvent(
-            replay_id=name,
-            unit_id=str(Unit(name, event.batch_id)),
-            event_id=event.event_id,
-            camera_id=event.camera_id,
-            reused=False,
-            event=event,
-        ),
-    )
+    return codec.emit("replay_events", event_of(name, event, reused=False))

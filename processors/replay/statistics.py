@@ -18,6 +18,8 @@ from processors.replay.comparison import (
     LEVELS,
     Accuracy,
     Bin,
+    Comparison,
+    Coverage,
     Estimate,
     Flip,
     FlipKind,
@@ -26,8 +28,10 @@ from processors.replay.comparison import (
     Noise,
     Pair,
     Pairing,
+    Side,
     Slice,
     Spread,
+    Strict,
     Verdict,
 )
 from schemas.records import Record
@@ -210,6 +214,41 @@ def kind(pair: Pair) -> FlipKind:
 def _rank(verdict: Verdict) -> tuple[int, int]:
     level = verdict.risk_level
     return LEVELS.index(level) if level in LEVELS else -1, verdict.risk_score
+
+
+def compared(
+    paired: Pairing,
+    labels: Sequence[GivenLabel],
+    measured: Noise | None,
+    *,
+    a: Side,
+    b: Side,
+    coverage: Coverage,
+    strict: Strict | None = None,
+    notes: tuple[str, ...] = (),
+) -> Comparison:
+    """Every figure of two sides whose windows are paired; what figures do not tell is given."""
+    pairs = paired.pairs
+    found = flips(pairs, labels, None if measured is None else measured.band)
+    return Comparison(
+        a=a,
+        b=b,
+        coverage=coverage,
+        pairing=paired,
+        flips=found,
+        deltas=deltas(pairs),
+        scores_a=scores(pair.a for pair in pairs),
+        scores_b=scores(pair.b for pair in pairs),
+        transitions=transitions(pairs),
+        by_camera=by_camera(pairs),
+        by_hour=by_hour(pairs),
+        by_class=by_class(pairs),
+        labels=labelled(paired, labels),
+        noise=measured,
+        p_value=p_value(len(found), len(pairs), measured),
+        strict=strict,
+        notes=notes,
+    )
 
 
 def flips(pairs: Iterable[Pair], labels: Sequence[GivenLabel], band: float | None) -> tuple[Flip, ...]:

@@ -9,15 +9,13 @@ from processors.replay.comparison import Verdict
 from processors.replay.plan import Scope
 from processors.replay.sides import Known
 from processors.store.queries import Queries, Row
+from processors.store.times import FIRST_MS, LAST_MS
 from schemas.records import Context, ReplayUnit
 from streams import codec
 from streams.codec import DecodeError
 
 # Units whose payloads are read at once: some 4 KB each, twice that as hex.
 _PAGE = 1000
-
-FIRST_MS, LAST_MS = -2_208_988_800_000, 10_413_791_999_999
-"""What ClickHouse can compare times with: 1900 to 2299."""
 
 _COLUMNS = """
     event_id, batch_id, camera_id, frame_ids,

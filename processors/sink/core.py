@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from processors.store.times import FIRST_MS, LAST_MS
 from schemas.records import Context, Record, RiskEvent
 from streams import codec
 from streams.codec import DecodeError
@@ -23,10 +24,6 @@ from streams.stages import Range
 from streams.topics import STORED, TOPICS
 
 Getter = Callable[[Any], Any]
-
-# ClickHouse's DateTime64 ends here; Python clients fail on rows beyond. EXIF can hold any year from 0 to 9999.
-_FIRST_MS = -2_208_988_800_000  # 1900-01-01
-_LAST_MS = 10_413_791_999_999  # 2299-12-31 23:59:59.999
 
 
 class Block(NamedTuple):
@@ -150,8 +147,8 @@ def _value(field: str, hint: Any, get: Getter) -> Getter:
     """The value of a plain field. Times are held within what ClickHouse can show."""
     if field == "at" or field.endswith("_at"):
         if isinstance(hint, UnionType):
-            return lambda record: None if (time := get(record)) is None else min(max(time, _FIRST_MS), _LAST_MS)
-        return lambda record: min(max(get(record), _FIRST_MS), _LAST_MS)
+            return lambda record: None if (time := get(record)) is None else min(max(time, FIRST_MS), LAST_MS)
+        return lambda record: min(max(get(record), FIRST_MS), LAST_MS)
     return get
 
 

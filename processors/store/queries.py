@@ -9,6 +9,7 @@ from clickhouse_connect.driver.exceptions import DatabaseError
 
 from processors.store.connection import Connection
 from processors.store.settings import ClickHouseSettings
+from processors.store.times import LAST_MS
 from schemas.migrations import migrations, pending
 from streams.topics import STORED
 
@@ -61,8 +62,6 @@ _LETTERS = f"""
     )
     ORDER BY l.failed_at DESC, l.origin, l.offset DESC
 """  # noqa: S608 (constants)
-# The last instant that a DateTime64(3) of ClickHouse can be compared with: the end of the year 2299.
-_FOREVER_MS = 10_413_791_999_999
 # Letters of one origin that `every` brings: who redrives more often than that has seen enough of them.
 _EVERY = 100
 
@@ -267,7 +266,7 @@ class Queries:
             kind=kind or "",
             error=error or "",
             since=0 if since is None else int(since.timestamp() * 1000),
-            until=_FOREVER_MS if until is None else int(until.timestamp() * 1000),
+            until=LAST_MS if until is None else int(until.timestamp() * 1000),
             status=status or "",
             origin=origin or "",
             origins=list(origins),

@@ -18,7 +18,6 @@ from infra.models.stories import DEFAULT_DAY, DEFAULT_SEED, STORIES, Story, cast
 from processors.analyze.answers import risk_level
 from processors.replay import statistics
 from processors.replay.comparison import (
-    Comparison,
     Coverage,
     Difference,
     Ineligible,
@@ -116,30 +115,20 @@ def made(*, days: int = _DAYS, baseline: bool = True, labels: bool = True, pictu
     paired = pairing(before, after)
     again = [_verdict(window, BASELINE, _said(_BEFORE, window.story.name), rng, 2) for window in windows][::2]
     noise = statistics.noise(pairing(before[::2], again).pairs, BASELINE, f"{NAME}-baseline") if baseline else None
-    flips = statistics.flips(paired.pairs, given, noise.band if noise is not None else None)
-    found = Comparison(
+    found = statistics.compared(
+        paired,
+        given,
+        noise,
         a=_side("live", before, "default"),
         b=_side(REPLAY, after, NAME),
         coverage=Coverage(
             planned=len(windows) + 2, units=len(windows) + 1, judged=len(windows), failed=1, complete=True
         ),
-        pairing=paired,
-        flips=flips,
-        deltas=statistics.deltas(paired.pairs),
-        scores_a=statistics.scores(pair.a for pair in paired.pairs),
-        scores_b=statistics.scores(pair.b for pair in paired.pairs),
-        transitions=statistics.transitions(paired.pairs),
-        by_camera=statistics.by_camera(paired.pairs),
-        by_hour=statistics.by_hour(paired.pairs),
-        by_class=statistics.by_class(paired.pairs),
-        labels=statistics.labelled(paired, given),
-        noise=noise,
-        p_value=statistics.p_value(len(flips), len(paired.pairs), noise),
     )
     by_id = {verdict.event_id: window for window, verdict in zip(windows, before, strict=True)}
     shown = {
         flip.pair.a.event_id: _picture(by_id[flip.pair.a.event_id].story.name, by_id[flip.pair.a.event_id].day % 2)
-        for flip in flips[:pictures]
+        for flip in found.flips[:pictures]
     }
     return Report(
         comparison=found,

@@ -273,7 +273,7 @@ def test_paused_it_stops_resumed_it_ends_and_cancelled_it_stays_so(mine: Setting
     assert (refused.exit_code, "was cancelled" in refused.output) == (1, True)
 
 
-async def lacking_its_llm(settings: Settings) -> Made:
+async def lacking_its_llm(settings: Settings) -> tuple[Made, str]:
     """A replay of one window that is done, but for its unit: the worker that took it says that the LLM was away."""
     prompt = prompts.deliveries_strict_nights()
     async with replays.office(settings) as office:
@@ -300,17 +300,18 @@ async def lacking_its_llm(settings: Settings) -> Made:
             await producer.close()
         await put(settings.clickhouse, on_log("dead_letters", [found]))
         await office.say(made, "done", "")
-        return made
+        return made, found.origin
 
 
 @pytest.mark.real
 def test_what_failed_while_the_llm_was_away_is_judged_once_when_the_replay_is_resumed(mine: Settings) -> None:
     [batch] = recorded(mine, 1)
-    made = asyncio.run(lacking_its_llm(mine))
+    made, origin = asyncio.run(lacking_its_llm(mine))
     done = answer("replay", "resume", made.name)
     assert (done["state"], done["judged"], done["failed"]) == ("done", 1, 0)
     assert of(mine, made.replay_id) == [batch]
     assert len(units(mine, made.replay_id)) == 2
     status = asyncio.run(Kafka(mine.kafka).read([TopicPartition("dead_letter_status", 0)], within=60))
-    assert [codec.decode(record, DeadLetterStatus).status for record in status] == ["resolved"]
+    said = [codec.decode(record, DeadLetterStatus) for record in status]
+    assert [one.status for one in said if one.origin == origin] == ["resolved"]
     assert "there is nothing to go on with" in invoke("replay", "resume", made.name).output

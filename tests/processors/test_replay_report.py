@@ -96,23 +96,13 @@ def comparison(
         )
         for n, said in (labels or {}).items()
     ]
-    flips = statistics.flips(paired.pairs, given, None if noise is None else noise.band)
-    made = Comparison(
+    made = statistics.compared(
+        paired,
+        given,
+        noise,
         a=Side(id="live", name="live", verdicts=len(scores), alarms=sum(a >= 60 for a, _ in scores)),
         b=Side(id="r1", name="stricter", kind="change", verdicts=len(scores), alarms=sum(b >= 60 for _, b in scores)),
         coverage=Coverage(planned=len(scores), units=len(scores), judged=len(scores), complete=True),
-        pairing=paired,
-        flips=flips,
-        deltas=statistics.deltas(paired.pairs),
-        scores_a=statistics.scores(pair.a for pair in paired.pairs),
-        scores_b=statistics.scores(pair.b for pair in paired.pairs),
-        transitions=statistics.transitions(paired.pairs),
-        by_camera=statistics.by_camera(paired.pairs),
-        by_hour=statistics.by_hour(paired.pairs),
-        by_class=statistics.by_class(paired.pairs),
-        labels=statistics.labelled(paired, given),
-        noise=noise,
-        p_value=statistics.p_value(len(flips), len(paired.pairs), noise),
     )
     return replace(made, **changes)
 
