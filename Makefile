@@ -23,7 +23,7 @@ demo: .venv/.ready ## Play three cameras through the whole pipeline, show what i
 	@$(BIN)/rewatch demo
 
 test: .venv/.ready ## Every test, on the real Kafka, ClickHouse engine and llama.cpp server, kills included
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-containers: .venv/.ready ## The compose files in real containers under podman; as root, ten minutes
 	@TEST_CONTAINERS=1 $(BIN)/python -m pytest tests/containers -s

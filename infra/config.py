@@ -9,10 +9,10 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Secret, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Secret, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -23,6 +23,8 @@ from pydantic_settings import (
 )
 
 from infra.logs import LogSettings
+from infra.retention.settings import RetentionSettings
+from infra.tls import places
 from processors.analyze.settings import LlmSettings
 from processors.batch.settings import WindowsSettings
 from processors.detect.settings import DetectorSettings
@@ -67,6 +69,11 @@ class LocalSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kafka_port: int = Field(9092, ge=1, le=65535, description="Port of the embedded broker.")
+    kafka_secure: bool = Field(
+        False,
+        description="Whether the embedded broker asks for TLS and a password, both made and kept in <data_dir>/tls. "
+        "Without it every program on this machine may read and write the log.",
+    )
     clickhouse_port: int = Field(8123, ge=1, le=65535, description="Port of the embedded ClickHouse engine.")
     llama_port: int = Field(8091, ge=1, le=65535, description="Port of the embedded llama.cpp server.")
 
@@ -121,6 +128,7 @@ class Settings(BaseSettings):
         env_nested_delimiter="__",
         extra="forbid",
         validate_default=True,
+        hide_input_in_errors=True,  # a section's input holds its secrets
     )
     file: ClassVar[Path | None] = None
     _local: set[str] = PrivateAttr(default_factory=set)
@@ -138,6 +146,7 @@ class Settings(BaseSettings):
     stages: StagesSettings = StagesSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     metrics: MetricsSettings = MetricsSettings()
+    retention: RetentionSettings = RetentionSettings()
     log: LogSettings = LogSettings()
     local: LocalSettings = LocalSettings()
 
@@ -189,6 +198,28 @@ class Settings(BaseSettings):
             if name not in model.model_fields_set:
                 self._local.add(section)
                 setattr(self, section, model.model_copy(update={name: address}))
+
+    @model_validator(mode="after")
+    def _one_way_to_the_broker(self) -> Self:
+        """Every client of a locked embedded broker is told how to open it; whoever asks for a lock gets one."""
+        secure = self.local.kafka_secure
+        if not self.local_kafka:
+            if secure:
+                raise ValueError(
+                    "local.kafka_secure is about the embedded broker, and kafka.bootstrap_servers names another: "
+                    "take one of them out, and set kafka.security_protocol to what that broker asks for"
+                )
+            return self
+        given = self.kafka.model_fields_set & {"security_protocol", "sasl_username", "ssl_cafile", "ssl_certfile"}
+        if given and (secure or self.kafka.security_protocol != "PLAINTEXT"):
+            raise ValueError(
+                f"kafka.{min(given)} is for a broker of yours (kafka.bootstrap_servers); "
+                "the embedded one asks for TLS and a password with local.kafka_secure: true, and nothing else is set"
+            )
+        if secure:
+            # Not validated: the files are there from the broker's first start on.
+            self.kafka = self.kafka.model_copy(update=places.client_settings(self.data_dir))
+        return self
 
     @property
     def local_kafka(self) -> bool:
@@ -335,6 +366,8 @@ def _check_environment() -> None:
 def _explain(problem: Any, file: Path | None) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     where = f"{file}: " if file is not None else ""
+    if not path:  # what sections say of one another names its settings itself
+        return f"{where}{problem['msg']}"
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(path, {*known_settings(), *_beside(path)}, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else "`rewatch config show` lists all"

@@ -14,6 +14,7 @@ from typing import Self
 
 from infra import topology
 from infra.config import Settings
+from infra.fitting import start_if_it_fits
 from infra.local.llama import LlamaSettings
 from infra.local.process import BEHIND, ProcessSpec
 from infra.local.stack import LocalStack
@@ -25,6 +26,7 @@ from streams.admin import ensure_topics
 from streams.kafka import Kafka
 from streams.liveness import read_report
 from streams.prompts import Prompts
+from streams.retention import retain
 
 # A stage loads its model (torch's import alone takes up to 9 s on a cold disk) and waits for the broker, its topics and
 # its group before it is ready: 120 s and more were seen on a machine that was busy with much else. To give up the
@@ -47,6 +49,7 @@ class Installation:
         self.stack = LocalStack(
             settings.data_dir,
             kafka_port=settings.local.kafka_port,
+            kafka_secure=settings.local.kafka_secure,
             clickhouse_port=settings.local.clickhouse_port,
             llama=llama_settings(settings) if settings.local_llm and self._only & {"analyze", "replay"} else None,
             without=[
@@ -58,7 +61,7 @@ class Installation:
 
     async def __aenter__(self) -> Self:
         # Stages bear any start order: they wait for what is not there yet, topics, tables and models included.
-        await self.stack.start(*self._specs())
+        await start_if_it_fits(self.settings.clickhouse, self.stack.start(*self._specs()))
         try:
             await self.prepare()
         except BaseException:
@@ -73,6 +76,7 @@ class Installation:
         """Topics and tables as this version has them; safe to repeat."""
         kafka = Kafka(self.settings.kafka)
         await ensure_topics(kafka)
+        await retain(kafka, self.settings.retention.topics_ms)
         await Prompts(kafka).register(prompts.default(), "the version that comes with the product")
         store = ClickHouseStore(self.settings.clickhouse)
         try:

@@ -1,24 +1,16 @@
 """What must not be shown: the secrets of the settings, and passwords inside addresses."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, Secret, SecretStr
 
-MASK = "(set, not shown)"
+from streams.redaction import MASK, credentials, passwords
 
-# What stands between the scheme and the host of an address: user and password, to the last @ before the path, since
-# a password that was written as it is may hold one.
-_CREDENTIALS = re.compile(r"(\w://)[^/?#\s]+@")
+__all__ = ["MASK", "Masks", "credentials", "secrets_of"]
 
 # A shorter secret would be found in ordinary words.
 _SHORTEST = 4
-
-
-def credentials(text: str) -> str:
-    """The text without users and passwords of addresses."""
-    return _CREDENTIALS.sub(rf"\g<1>{MASK}@", text)
 
 
 class Masks:
@@ -46,7 +38,7 @@ class Masks:
 
 
 def secrets_of(settings: BaseModel) -> Iterator[str]:
-    """Every secret that is set, in sections and maps too."""
+    """Every secret that is set, in sections and maps too, and every password in an address."""
     for name in type(settings).model_fields:
         yield from _secrets_in(getattr(settings, name))
 
@@ -56,6 +48,9 @@ def _secrets_in(value: Any) -> Iterator[str]:
         secret = str(value.get_secret_value())
         if secret != str(value):  # an address without a password is shown as it is
             yield secret
+        yield from passwords(secret)
+    elif isinstance(value, str):
+        yield from passwords(value)
     elif isinstance(value, BaseModel):
         yield from secrets_of(value)
     elif isinstance(value, Mapping):

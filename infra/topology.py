@@ -231,10 +231,10 @@ async def _topics(kafka: Kafka, stop: asyncio.Event, waits: list[str]) -> dict[s
         try:
             metas = await ensure_topics(kafka)
         except (KafkaError, OSError, TimeoutError) as error:
-            waits[:] = ["broker"]
+            waits[:] = [kafka.waiting_on]
             if str(error) != said:  # once is enough: a broker can take a minute to start
                 said = str(error)
-                log.warning("waiting", on="broker", why=said)
+                log.warning("waiting", on="broker", why=kafka.away(error))
             await asyncio.sleep(0.5)
         else:
             waits.clear()

@@ -13,6 +13,7 @@ import structlog
 from infra import logs, topology
 from infra.config import ConfigError, Settings, load
 from infra.masks import secrets_of
+from infra.private import make_private
 from infra.stopping import stop_event
 from processors.detect.settings import ModelError
 from streams.admin import TopicsError
@@ -36,6 +37,7 @@ async def work(
         TopicsError, or another error whose message names the setting: it cannot run as it is set.
     """
     logs.to_stderr(settings.log.level, settings.log.format, stage=stage, secrets=secrets_of(settings))
+    make_private(settings.data_dir)
     status = status or topology.status_path(settings, stage)
     await topology.run(settings, stage, stop or stop_event(), status, metrics_port=metrics_port, member=member)
 

@@ -41,6 +41,16 @@ def by_fingerprint(topic: str) -> dict[bytes, Any]:
     return {_rabin(schema): schema for schema in history(topic)}
 
 
+@cache
+def documents(topic: str) -> dict[bytes, str]:
+    """Every version of the topic's schema as JSON, with its descriptions, by its fingerprint; the oldest first."""
+    found = {}
+    for number, schema in enumerate(history(topic), start=1):
+        text = (AVRO / "history" / f"{topic}.{number}.avsc").read_text()
+        found[_rabin(schema)] = json.dumps(json.loads(text), separators=(",", ":"))
+    return found
+
+
 def _load(path: Path) -> Any:
     return fastavro.schema.parse_schema(json.loads(path.read_text()))
 

@@ -65,7 +65,8 @@ def pending(all_: Iterable[Migration], applied: Mapping[int, str]) -> list[Migra
     for version, sha256 in sorted(applied.items()):
         if version not in known:
             raise MigrationError(
-                f"the database has migration {version:03}, which this version does not know: upgrade rewatch"
+                f"the database has migration {version:03}, which this version does not know: upgrade rewatch, or go "
+                "back as docs/upgrades.md says"
             )
         if known[version].sha256 != sha256:
             raise MigrationError(

@@ -328,6 +328,18 @@ class DeadLetterStatus(Record, frozen=True, kw_only=True):
     record: str | None = None
 
 
+class Hold(Record, frozen=True, kw_only=True):
+    """A person's word that an event stays, or that it need not any more."""
+
+    event_id: str
+    batch_id: str
+    camera_id: str
+    state: str
+    why: str
+    author: str
+    at: int
+
+
 class IngestState(Record, frozen=True, kw_only=True):
     """What ingest remembers of one camera."""
 

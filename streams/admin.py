@@ -52,6 +52,29 @@ async def ensure_topics(kafka: Kafka) -> dict[str, TopicMeta]:
     return metas
 
 
+async def revive_topics(kafka: Kafka, lives: Sequence[TopicMeta]) -> None:
+    """Make topics with the epochs that they had, for records that will have the offsets that they had.
+
+    No topic may be there. One that this version has and `lives` does not name is a new life.
+
+    Raises:
+        TopicsError: as `ensure_topics`.
+        FencedError or UncertainError: another creator was in the way.
+        KafkaError: the broker is away.
+    """
+    async with kafka.admin() as admin:
+        await _create(admin, kafka, [TOPICS["meta"]])
+    producer = FencedProducer(kafka, kafka.transactional_id("topics"))
+    try:
+        await producer.open()
+        # As if whoever made them had ended before they were there: `ensure_topics` goes on with the epoch it finds.
+        begun = [msgspec.structs.replace(meta, status="creating") for meta in lives]
+        await producer.transact([codec.emit("meta", meta, 0) for meta in begun])
+    finally:
+        await producer.close()
+    await ensure_topics(kafka)
+
+
 async def _look(admin: AIOKafkaAdminClient, kafka: Kafka) -> tuple[dict[str, TopicMeta], list[Topic]]:
     """Each topic's meta record, and the topics that are not there and ready."""
     existing = await _partition_counts(admin)

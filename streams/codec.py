@@ -1,7 +1,8 @@
 """Records to bytes and back: Avro in Confluent's framing, with the schema's fingerprint in a header.
 
 Our own readers find the writer's schema by fingerprint in the tree and need no registry; the framing (a zero
-byte and a 4-byte id) lets other tools use one. Without a registry the id is the fingerprint's first 31 bits.
+byte and a 4-byte id) lets other tools use one. The id is the fingerprint's first 31 bits, and a registry is told so
+(streams/registry.py): which id a schema has depends on nobody's order of registering.
 """
 
 import io
@@ -43,12 +44,17 @@ class UnknownSchemaError(DecodeError):
     """Written with a schema that this version does not have: a newer version wrote it."""
 
 
+def schema_id(fingerprint: bytes) -> int:
+    """The id in the frame of a record that was written with the schema of this fingerprint: registries have 31 bits."""
+    return int.from_bytes(fingerprint[:4], "big") & 0x7FFFFFFF
+
+
 def encode(topic: str, record: Record) -> tuple[bytes, bytes]:
     """A record as `(value, fingerprint)`."""
     fingerprint = avro_schemas.fingerprint(topic)
     out = io.BytesIO()
     out.write(_MAGIC)
-    out.write(_id_of(fingerprint))
+    out.write(_framed(fingerprint))
     fastavro.schemaless_writer(
         out,
         avro_schemas.current(topic),
@@ -118,7 +124,7 @@ def decode_bytes(topic: str, value: bytes | None, fingerprint: bytes | None, kin
     writer: Any = avro_schemas.current(topic)
     if fingerprint is None:
         known = avro_schemas.by_fingerprint(topic)
-        writer = next((known[one] for one in known if _id_of(one) == value[1:_FRAME]), writer)
+        writer = next((known[one] for one in known if _framed(one) == value[1:_FRAME]), writer)
     elif fingerprint != avro_schemas.fingerprint(topic):
         known = avro_schemas.by_fingerprint(topic)
         if fingerprint not in known:
@@ -139,9 +145,8 @@ def decode_bytes(topic: str, value: bytes | None, fingerprint: bytes | None, kin
         raise DecodeError(f"not a record of {topic}: {type(error).__name__}: {error}") from error
 
 
-def _id_of(fingerprint: bytes) -> bytes:
-    """The id in the frame of a record that was written with the schema of this fingerprint."""
-    return (int.from_bytes(fingerprint[:4], "big") & 0x7FFFFFFF).to_bytes(4, "big")
+def _framed(fingerprint: bytes) -> bytes:
+    return schema_id(fingerprint).to_bytes(_FRAME - len(_MAGIC), "big")
 
 
 def _short(data: bytes | None, limit: int = 80) -> str:

@@ -98,8 +98,8 @@ class ControlTable(Generic[R]):
                 await self.load()
                 break
             except (KafkaError, TimeoutError, OSError) as error:
-                if repr(error) != said:
-                    said = repr(error)
+                if self._kafka.away(error) != said:
+                    said = self._kafka.away(error)
                     log.warning("waiting", on="broker", topic=self._tp.topic, why=said)
                 await asyncio.sleep(1)
         task = asyncio.create_task(self._follow(), name=f"follow {self._tp.topic}")

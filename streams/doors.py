@@ -11,7 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from streams.serving import EndpointSettings, by_web_page
+from streams.admission import Guard, NotAdmittedError
+from streams.grants import Scope
+from streams.serving import by_web_page
 
 
 def refuse(status: int, message: str, retry_after: float | None = None) -> HTTPException:
@@ -26,29 +28,27 @@ async def refusal(_request: Request, error: Exception) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
 
 
-def check_sender(request: Request, settings: EndpointSettings, *, to_pages: str) -> None:
-    """Let in whoever has the key, where one is asked for, and no page of a browser.
+def check_sender(request: Request, guard: Guard, scope: Scope, *, to_pages: str) -> None:
+    """Let in whoever may do this, where that is asked for, and no page of a browser.
 
     Raises:
-        HTTPException: 403 with the words `to_pages`, or 401.
+        HTTPException: 403 with the words `to_pages`, or as `check`.
     """
     if by_web_page(request.headers):  # without a key any page that somebody opens here could ask
         raise HTTPException(403, to_pages)
-    check_key(request, settings)
+    check(request, guard, scope)
 
 
-def check_key(request: Request, settings: EndpointSettings) -> None:
-    """Let in whoever has the key, where one is asked for.
+def check(request: Request, guard: Guard, scope: Scope) -> None:
+    """Let in whoever may do this, where that is asked for.
 
     Raises:
-        HTTPException: 401.
+        HTTPException: 401, it carries no key and no token that is taken; 403, its token is not good for the scope.
     """
-    if not settings.lets_in(request.headers):
-        raise HTTPException(
-            401,
-            f"an API key is needed: `Authorization: Bearer KEY` or `X-API-Key: KEY` ({settings.section}.api_key)",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+    try:
+        guard.admit(request.headers, scope)
+    except NotAdmittedError as error:
+        raise HTTPException(error.status, str(error), headers=error.headers) from None
 
 
 async def take_body(

@@ -13,6 +13,7 @@ import structlog
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
+from streams.client import stop as stop_consumer
 from streams.kafka import Kafka, incoming
 from streams.stages import Stage
 from streams.workers import Workers, group_consumer, still_member, until_broker_answers
@@ -53,7 +54,7 @@ class RawHost(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
                 await self.workers.close()
             finally:
                 self._membership.give_up()
-                await self._consumer.stop()
+                await stop_consumer(self._consumer)
                 for task in (reporting, watching):
                     task.cancel()
                 await asyncio.gather(reporting, watching, return_exceptions=True)

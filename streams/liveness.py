@@ -121,6 +121,8 @@ class Liveness:
         """What the consumer should have been brought and was not; `Hearing` says so."""
         self.waiting_on: str | None = None
         """What the whole worker waits on: its broker, its model."""
+        self.refused: str | None = None
+        """Who takes none of its connections, and why: clients that it waits for try again, and say nothing."""
         self.generation = -1
         self.metrics: str | None = None
         """Where this process's metrics are served, a URL."""
@@ -165,7 +167,7 @@ class Liveness:
 
     def report(self) -> dict[str, Any]:
         """All of it, JSON-able."""
-        waits = {life.waiting_on for life in self.partitions.values()} | {self.waiting_on}
+        waits = {life.waiting_on for life in self.partitions.values()} | {self.waiting_on, self.refused}
         return {
             "stage": self.stage,
             "pid": os.getpid(),

@@ -191,7 +191,7 @@ class PartitionWorker:
                     # re-opened would fence the rightful owner, so ask the group first.
                     await self._until_ours()
                 except (UncertainError, KafkaError, TimeoutError, OSError) as error:
-                    self.life.waiting_on = "broker"
+                    self.life.waiting_on = self.ownership.kafka.waiting_on
                     log.warning("acquiring again", **self.where, error=str(error))
                 except codec.UnknownSchemaError as error:  # state: going on without it would do its work again
                     self.life.waiting_on = "settings"

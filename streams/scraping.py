@@ -21,10 +21,13 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from pydantic import Field
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from streams.admission import Guard
+from streams.doors import check, refusal
 from streams.liveness import read_report
 from streams.serving import EndpointSettings, SettingsError, listen, serve
 
@@ -128,19 +131,20 @@ class _Build(Collector):
 
 def build_app(registry: CollectorRegistry, settings: MetricsSettings, reports: Path) -> Starlette:
     """The ASGI app: `/metrics` and `/targets`."""
+    guard = Guard(settings)
 
     async def metrics(request: Request) -> Response:
-        if not settings.lets_in(request.headers):
-            return _refused()
+        check(request, guard, "read")
         return exposition(request, registry)
 
     async def listed(request: Request) -> Response:
-        if not settings.lets_in(request.headers):
-            return _refused()
+        check(request, guard, "read")
         found = await asyncio.to_thread(targets, reports, host=request.url.hostname)
         return JSONResponse(found)
 
-    return Starlette(routes=[Route("/metrics", metrics), Route("/targets", listed)])
+    return Starlette(
+        routes=[Route("/metrics", metrics), Route("/targets", listed)], exception_handlers={HTTPException: refusal}
+    )
 
 
 def targets(reports: Path, *, host: str | None = None, now: float | None = None) -> list[dict[str, Any]]:
@@ -167,11 +171,3 @@ def targets(reports: Path, *, host: str | None = None, now: float | None = None)
         address = f"[{name}]:{url.port}" if ":" in name else f"{name}:{url.port}"
         found.append({"targets": [address], "labels": {"__scheme__": url.scheme, "process": path.stem}})
     return found
-
-
-def _refused() -> Response:
-    return JSONResponse(
-        {"error": "an API key is needed: `Authorization: Bearer KEY` (metrics.api_key)"},
-        401,
-        headers={"WWW-Authenticate": "Bearer"},
-    )

@@ -5,7 +5,6 @@ Ingest's uploads, the gateway's pages and every processor's metrics are served b
 
 import asyncio
 import contextlib
-import hmac
 import ipaddress
 import socket
 import ssl
@@ -17,6 +16,8 @@ import h11
 import uvicorn
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from streams.grants import JwtSettings
 
 # Answers in hand get this long after a stop: as long as their transactions have, seconds.
 _DRAIN_S = 5
@@ -37,17 +38,20 @@ class SettingsError(Exception):
 class EndpointSettings(BaseModel):
     """Where an endpoint listens, and whom it lets in. Subclasses name their section and their default port."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # they hold secrets
     section: ClassVar[str]
     """The dotted name of the section, to be named in errors."""
 
     enabled: bool = True
-    host: str = Field(default="127.0.0.1", description="Address to listen on; other than loopback needs an api_key.")
+    host: str = Field(
+        default="127.0.0.1", description="Address to listen on; other than loopback needs an api_key or jwt."
+    )
     port: int = Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     api_key: SecretStr | None = Field(
         default=None,
         description="Asked for as `Authorization: Bearer` or `X-API-Key`. It belongs in the environment.",
     )
+    jwt: JwtSettings = JwtSettings()
     tls: Literal["auto", "off"] = Field(
         default="auto", description="`auto` listens with TLS where a certificate is set."
     )
@@ -58,10 +62,10 @@ class EndpointSettings(BaseModel):
     @model_validator(mode="after")
     def _open_to_others(self) -> Self:
         name = self.section
-        if self.enabled and self.api_key is None and not self.is_local:
+        if self.enabled and self.api_key is None and not self.jwt.enabled and not self.is_local:
             raise ValueError(
                 f"{name}.host {self.host} can be reached by others: set {name}.api_key "
-                f"({_variable(name)}__API_KEY), or listen on 127.0.0.1",
+                f"({_variable(name)}__API_KEY) or {name}.jwt, or listen on 127.0.0.1",
             )
         if self.api_key is not None and not self.api_key.get_secret_value():
             raise ValueError(f"{name}.api_key is empty: set one, or leave it out")
@@ -85,18 +89,6 @@ class EndpointSettings(BaseModel):
     def is_local(self) -> bool:
         """Whether only this machine reaches it."""
         return _is_loopback(self.host)
-
-    def lets_in(self, headers: Mapping[str, str]) -> bool:
-        """Whether a request with these headers carries the key, or none is asked for."""
-        if self.api_key is None:
-            return True
-        return hmac.compare_digest(key_in(headers).encode(), self.api_key.get_secret_value().encode())
-
-
-def key_in(headers: Mapping[str, str]) -> str:
-    """The key that a request with these headers carries, right or wrong; empty where it carries none."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else "")
 
 
 def by_web_page(headers: Mapping[str, str]) -> bool:
@@ -156,14 +148,23 @@ def listen(settings: EndpointSettings) -> socket.socket:
     """The endpoint's socket, bound and listening.
 
     Raises:
-        SettingsError: the address or port cannot be had, or the certificate or its key cannot be used.
+        SettingsError: the address or port cannot be had; the certificate or its key, or the keys of its tokens, cannot
+            be used.
     """
+    from streams.admission import tokens_of  # noqa: PLC0415 (it stands above this module)
+
     # Here, where nothing runs yet: beside other tasks the error would come wrapped in their group's.
     if settings.with_tls:
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert_path or "", settings.tls_key_path)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # Without a password here, OpenSSL would ask for one on the terminal, and a service wait for ever.
+            context.load_cert_chain(settings.tls_cert_path or "", settings.tls_key_path, password="")
         except (OSError, ssl.SSLError) as error:
-            raise SettingsError(f"{settings.section}.tls_cert_path or .tls_key_path cannot be used: {error}") from error
+            raise SettingsError(
+                f"{settings.section}.tls_cert_path or .tls_key_path cannot be used: {error}; both are PEM, the key is "
+                "the certificate's own and has no password"
+            ) from error
+    tokens_of(settings)
     try:
         return bind(settings.host.strip("[]"), settings.port)
     except OSError as error:

@@ -155,7 +155,7 @@ async def survey(kafka: Kafka, *, count: bool = True, memory: Memory | None = No
 async def _committed(kafka: Kafka, metas: Mapping[str, TopicMeta]) -> dict[str, dict[TopicPartition, int]]:
     """Each stage's positions; those of an earlier life of a topic are worth nothing."""
     async with kafka.admin() as admin:
-        found = await asyncio.gather(*(_group(admin, kafka.group(stage)) for stage in READS))
+        found = await asyncio.gather(*(group_offsets(admin, kafka.group(stage)) for stage in READS))
     return {
         stage: {
             tp: entry.offset
@@ -166,7 +166,7 @@ async def _committed(kafka: Kafka, metas: Mapping[str, TopicMeta]) -> dict[str, 
     }
 
 
-async def _group(admin: AIOKafkaAdminClient, group: str) -> dict[TopicPartition, OffsetAndMetadata]:
+async def group_offsets(admin: AIOKafkaAdminClient, group: str) -> dict[TopicPartition, OffsetAndMetadata]:
     """The group's committed offsets. The first question about any group makes a new broker's topic for them."""
     deadline = asyncio.get_running_loop().time() + 10
     while True:

@@ -64,6 +64,7 @@ TOPICS: dict[str, Topic] = {
         Topic("gpu_metrics", records.GpuMetrics, lambda r: r.host),
         Topic("dead_letters", records.DeadLetter, _origin, retention_ms=90 * _DAY_MS),
         Topic("dead_letter_status", records.DeadLetterStatus, _origin, retention_ms=FOREVER, single=True),
+        Topic("holds", records.Hold, lambda r: r.event_id, retention_ms=FOREVER, single=True),
         Topic("ingest_state", records.IngestState, _camera, FOREVER, compacted=True, stored=False),
         Topic("batch_state", records.BatchState, _camera, FOREVER, compacted=True, stored=False),
         Topic(

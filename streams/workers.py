@@ -263,6 +263,7 @@ class Workers:
             while True:
                 self.liveness.ticked()
                 self.liveness.details = getattr(self.stage, "details", {})
+                self.liveness.refused = self.kafka.waiting_on if self.kafka.contact.refusal else None
                 self.liveness.write(self._status)
                 await asyncio.sleep(REPORT_EVERY_S)
         finally:
@@ -357,7 +358,7 @@ class Workers:
                 except FencedError:
                     life.waiting_on = None if await self._reader.still_ours(tp) else "group"
                 except (UncertainError, KafkaError, TimeoutError, OSError) as error:
-                    life.waiting_on = "broker"
+                    life.waiting_on = self.kafka.waiting_on
                     log.warning("finding its place", topic=tp.topic, partition=tp.partition, error=str(error))
                 else:
                     return hold.position
@@ -434,9 +435,9 @@ async def until_broker_answers(kafka: Kafka, liveness: Liveness, stop: asyncio.E
                 liveness.waiting_on = None
                 return True
         except (KafkaError, OSError) as error:
-            liveness.waiting_on = "broker"
+            liveness.waiting_on = kafka.waiting_on
             if str(error) != said:
                 said = str(error)
-                log.warning("waiting", on="broker", why=said)
+                log.warning("waiting", on="broker", why=kafka.away(error))
             await asyncio.sleep(1)
     return False

@@ -17,6 +17,9 @@ from streams.kafka import Kafka, KafkaSettings
 
 PARTITIONS = 4
 
+# pytest-xdist tells its workers a terminal's width; what is tested is a pipe's.
+os.environ.pop("COLUMNS", None)
+
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalStack]:

@@ -23,6 +23,7 @@ from schemas.records import (
     Frame,
     GpuMetrics,
     GpuProcess,
+    Hold,
     IngestState,
     Label,
     PromptRecord,
@@ -271,6 +272,15 @@ dead_letter = DeadLetter(
     failed_at=AT + 1_000,
 )
 dead_letter_status = DeadLetterStatus(origin=dead_letter.origin, status="resolved", by="cli", at=AT + 9_000)
+hold = Hold(
+    event_id=risk_event.event_id,
+    batch_id=risk_event.batch_id,
+    camera_id=CAMERA,
+    state="held",
+    why="the insurance asks",
+    author="maria",
+    at=AT + 10_000,
+)
 ingest_state = IngestState(camera_id=CAMERA, digests=b"12345678", frames=1, unchanged=0)
 batch_state = BatchState(
     camera_id=CAMERA,
@@ -300,6 +310,7 @@ RECORDS: dict[str, Record] = {
     "gpu_metrics": gpu_metrics,
     "dead_letters": dead_letter,
     "dead_letter_status": dead_letter_status,
+    "holds": hold,
     "ingest_state": ingest_state,
     "batch_state": batch_state,
     "sink_state": sink_state,

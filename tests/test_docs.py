@@ -30,3 +30,11 @@ def test_the_failure_table_names_a_test_in_each_row() -> None:
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| fault")]
     assert len(rows) > 30
     assert [row for row in rows if "`tests/" not in row and "`make " not in row] == []
+
+
+def test_the_threat_table_names_a_test_in_each_row() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    table = text.partition("\n## Threats\n")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| threat")]
+    assert len(rows) > 30
+    assert [row for row in rows if "`tests/" not in row.split("|")[3]] == []

@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, get_args
 
-from infra.checks import keys, machine, models, services, work
+from infra.checks import certificates, keys, machine, models, services, work
 from infra.checks.check import PATIENCE_S, Check, Context, Status
 from infra.config import Settings
 from infra.local.supervisor import running
+from infra.masks import Masks, secrets_of
 
 CHECKS: dict[str, Callable[[Context], Coroutine[Any, Any, list[Check]]]] = {
     "versions": machine.versions,
@@ -20,6 +21,9 @@ CHECKS: dict[str, Callable[[Context], Coroutine[Any, Any, list[Check]]]] = {
     "inbox": machine.inbox,
     "ports": machine.ports,
     "keys": keys.keys,
+    "certificates": certificates.certificates,
+    "tokens": keys.tokens,
+    "certificates of doors": keys.certificates_of_doors,
     "broker": services.broker,
     "clickhouse": services.clickhouse,
     "llm": services.llm,
@@ -37,8 +41,10 @@ async def examine(settings: Settings) -> list[Check]:
     """Every check's answers, what is worst first."""
     context = Context(settings, await asyncio.to_thread(running, settings.data_dir))
     found = await asyncio.gather(*(_guarded(name, check(context)) for name, check in CHECKS.items()))
-    order = get_args(Status)
-    return sorted((check for group in found for check in group), key=lambda check: order.index(check.status))
+    order, masks = get_args(Status), Masks(secrets_of(settings))
+    # What they found goes to terminals and into tickets, and names addresses and libraries' errors.
+    told = (check._replace(found=masks.text(check.found), fix=masks.text(check.fix)) for g in found for check in g)
+    return sorted(told, key=lambda check: order.index(check.status))
 
 
 async def _guarded(name: str, check: Awaitable[list[Check]]) -> list[Check]:

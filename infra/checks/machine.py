@@ -17,6 +17,7 @@ import psutil
 from infra import gpus
 from infra.checks.check import Check, Context, Status, gigabytes
 from infra.local.process import PortTakenError, require_free_port
+from infra.private import others_look_in
 from processors.telemetry.core import report, sentence
 from streams.topics import TOPICS
 
@@ -141,6 +142,9 @@ async def data_dir(context: Context) -> list[Check]:
     if inodes.f_files and inodes.f_favail < INODES_LITTLE:
         status: Status = "failed" if inodes.f_favail < INODES_LITTLE // 10 else "warning"
         checks.append(Check("inodes", status, f"{path.absolute()}, room for {inodes.f_favail} more files", fix))
+    if path.exists() and others_look_in(path):
+        open_ = f"every user of this machine can look into {path.absolute()}: pictures, the log, keys"
+        checks.append(Check("data_dir for others", "warning", open_, f"chmod o-rwx {path.absolute()}"))
     kind = _file_system(path)
     if kind in NETWORK and (context.settings.local_kafka or context.settings.local_clickhouse):
         fix = "set data_dir to a local disk: the broker's and ClickHouse's promises end at a network's cache"

@@ -35,6 +35,9 @@ async def broker(context: Context) -> list[Check]:
             names = [name for name in await admin.list_topics() if name in TOPICS]
             described = await admin.describe_topics(names) if names else []
     except (KafkaError, OSError, TimeoutError) as error:
+        refusal = kafka.refused(error)
+        if refusal is not None:
+            return [Check("broker", "failed", f"{where} {refusal.what}", refusal.fix)]
         fix = "start the broker, or correct kafka.bootstrap_servers (and kafka.security_protocol, kafka.sasl_*)"
         return [Check("broker", "failed", f"{where}: {explain(error)}", fix)]
     brokers = len(cluster["brokers"])
@@ -150,7 +153,7 @@ async def detector(context: Context) -> list[Check]:
 async def _detector_service(settings: DetectorSettings, url: str) -> Check:
     key = settings.api_key.get_secret_value() if settings.api_key else ""
     try:
-        async with httpx.AsyncClient(timeout=PATIENCE_S, trust_env=False) as client:
+        async with httpx.AsyncClient(timeout=PATIENCE_S, trust_env=False, verify=settings.client.trusted()) as client:
             answer = await client.get(f"{url}/health", headers={"Authorization": f"Bearer {key}"} if key else {})
     except httpx.HTTPError as error:
         return Check("detector", "failed", f"{url}: {explain(error)}", "start it, or correct detector.url")

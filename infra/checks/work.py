@@ -19,7 +19,7 @@ FORGOTTEN = timedelta(days=7)
 _SHOWN = 5
 
 _WAITS = {
-    "broker": "start the broker (kafka.bootstrap_servers); the `broker` check says more",
+    "broker": "start the broker (kafka.bootstrap_servers), or mend what it refuses; the `broker` check says more",
     "llm": "look at the LLM server (llm.url): it is away, loading, or fails its test window",
     "store": "start ClickHouse (clickhouse.url), or run `rewatch migrate`; the `clickhouse` check says more",
     "images": "look at the image store (images)",

@@ -299,7 +299,9 @@ def _begin(settings: "Settings", plan: "Plan", out: Console) -> bool:
     from infra.ai import hold
     from infra.ai.plan import folder
     from infra.local.process import StartError
+    from infra.private import make_private
 
+    make_private(settings.data_dir)
     place = folder(settings.data_dir, plan.service)
     key = settings.llm.api_key.get_secret_value() if settings.llm.api_key else ""
     log = place / "logs" / f"{plan.service}.log"

@@ -119,6 +119,7 @@ def plain(report: "Report") -> dict[str, Any]:
         "violations": [{"kind": one.kind, "id": one.id, "detail": one.detail} for one in report.violations],
         "dead_letters": list(report.dead_letters),
         "repeated": report.repeated,
+        "forgotten": report.forgotten,
         "unread": list(report.unread),
         "notes": list(report.notes),
         "took_s": round(report.took_s, 1),
@@ -141,6 +142,7 @@ def _print(report: "Report") -> None:
                 for row in report.dead_letters
             ),
             *([("sent again by a camera", report.repeated)] if report.repeated else []),
+            *([("taken by retention (`rewatch gc`)", report.forgotten)] if report.forgotten else []),
         ],
     )
     if report.violations:

@@ -24,7 +24,7 @@ STAGES = ("ingest", "gateway", "detect", "batch", "enrich", "analyze", "sink", "
 """`infra.topology.PROCESSES`, whose import takes longer than a completion may; a test holds them together."""
 TABLES = (
     *("frames", "detections", "batches", "contexts", "risk_events", "labels", "alerts", "prompts", "cameras"),
-    *("replays", "replay_units", "replay_events", "gpu_metrics", "dead_letters", "dead_letter_status"),
+    *("replays", "replay_units", "replay_events", "gpu_metrics", "dead_letters", "dead_letter_status", "holds"),
 )
 """`streams.topics.STORED`, for the same reason."""
 PROMPTS = ("default", "deliveries-strict-nights")

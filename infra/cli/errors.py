@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 
@@ -40,32 +40,38 @@ def _say(settings: "Settings", error: Exception) -> None:
     from infra import topology
     from infra.local.process import StartError
     from infra.local.supervisor import AlreadyRunningError, ProcessFailedError
+    from infra.masks import Masks, secrets_of
     from processors.detect.settings import ModelError
     from processors.store.queries import QueryError
     from schemas.migrations import MigrationError
     from streams.admin import TopicsError
     from streams.errors import FencedError, UnavailableError, UncertainError
     from streams.kafka import Kafka
+    from streams.registry import RegistryError
     from streams.serving import SettingsError
+
+    def said(message: str, code: int) -> NoReturn:
+        # Libraries' errors and a child's last lines may name what they were given.
+        fail(Masks(secrets_of(settings)).text(message), code)
 
     match error:
         case AlreadyRunningError():
             console().print(str(error))
             raise typer.Exit(0) from None
-        case SettingsError() | ModelError() | TopicsError() | MigrationError():
-            fail(str(error), USAGE)
+        case SettingsError() | ModelError() | TopicsError() | MigrationError() | RegistryError():
+            said(str(error), USAGE)
         case UnavailableError():
             fixes = topology.fixes(settings)
             fix = {"store": fixes["clickhouse"], "broker": f"; {fixes['broker']}"}.get(error.waiting_on, "")
-            fail(f"{error}{fix}", AWAY)
+            said(f"{error}{fix}", AWAY)
         case StartError() | ProcessFailedError():
-            fail(str(error), AWAY)
+            said(str(error), AWAY)
         case KafkaError() | TimeoutError() | FencedError() | UncertainError():
-            fail(Kafka(settings.kafka).away(error, topology.fixes(settings)["broker"]), AWAY)
+            said(Kafka(settings.kafka).away(error, topology.fixes(settings)["broker"]), AWAY)
         case QueryError():
-            fail(f"ClickHouse: {error}", NO)
+            said(f"ClickHouse: {error}", NO)
         case PermissionError() if error.filename is not None:
-            fail(
+            said(
                 f"{error.filename}: {error.strerror}: data_dir ({settings.data_dir}) belongs to another user; "
                 "run as that user, or set data_dir (REWATCH_DATA_DIR) to a directory of your own",
                 USAGE,

@@ -137,6 +137,9 @@ def ingest_snapshot(  # noqa: PLR0917 (typer makes options of parameters)
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Take any TLS certificate, as of cameras that signed their own.")
     ] = False,
+    link_local: Annotated[
+        bool, typer.Option("--link-local", help="Ask at 169.254.0.0/16 and fe80::/10 too: a camera without DHCP.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Fetch a camera's newest picture again and again, until Ctrl-C.
@@ -158,6 +161,7 @@ def ingest_snapshot(  # noqa: PLR0917 (typer makes options of parameters)
         every_s=_seconds(every, "--every"),
         timeout_s=_seconds(timeout, "--timeout"),
         insecure=insecure,
+        link_local=link_local,
     )
 
     async def main() -> "Watch":
@@ -258,12 +262,14 @@ def ingest_video(  # noqa: PLR0917
 async def _ways_in(settings: "Settings") -> "AsyncIterator[Appenders]":
     """The ways into the log; closed in order, so that counts and transactions in hand are kept."""
     from infra import topology
+    from infra.private import make_private
     from processors.ingest.appender import Appenders
     from processors.ingest.kafka_log import KafkaLog
     from streams.admin import ensure_topics
     from streams.claims import ClaimStore
     from streams.kafka import Kafka
 
+    make_private(settings.data_dir)
     kafka = Kafka(settings.kafka)
     epoch = (await ensure_topics(kafka))["frames"].epoch
     known = topology.cameras(settings, kafka)
@@ -311,7 +317,7 @@ def _clock(ms: int) -> str:
 
 
 def _source(
-    *, url: str, user: str, password_env: str, every_s: float, timeout_s: float, insecure: bool
+    *, url: str, user: str, password_env: str, every_s: float, timeout_s: float, insecure: bool, link_local: bool
 ) -> "SnapshotSettings":
     """The source as it was asked for, with the password that the environment holds."""
     from pydantic import SecretStr, ValidationError
@@ -340,6 +346,7 @@ def _source(
             every_s=every_s,
             timeout_s=timeout_s,
             insecure=insecure,
+            link_local=link_local,
         )
     except ValidationError as error:
         problem = error.errors(include_input=False)[0]

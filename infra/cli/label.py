@@ -1,10 +1,6 @@
-"""`rewatch label EVENT true|false`, `label missed`, `ls`, `session`: what people say of events.
-
-`EVENT` is a command of the group under that very name; whatever names no other command is taken for an event.
-"""
+"""`rewatch label EVENT true|false`, `label missed`, `ls`, `session`: what people say of events."""
 
 import asyncio
-import difflib
 import secrets
 import sys
 from contextlib import aclosing
@@ -12,10 +8,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from infra.cli import complete
 from infra.cli.errors import mendable, run
+from infra.cli.event_first import EVENT, EventFirst, OnEvent
 from infra.cli.help import LOOK, examples
 from infra.cli.output import INTERRUPTED, NO, USAGE, JsonFlag, fail, level_text, print_json, print_table, when
 from infra.cli.times import moment
@@ -28,38 +24,15 @@ if TYPE_CHECKING:
     from schemas.records import Label
     from streams.labels import LabelLog
 
-_EVENT = "EVENT"
-_VERDICTS = frozenset({"true", "false"})
 
+class _Labelled(EventFirst):
+    """The group of labels."""
 
-class _EventFirst(TyperGroup):
-    """The group: its first word is a command, or an event."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """The command of the first word; that of events for whatever is none, but for a slip of the keyboard."""
-        first, *rest = args
-        slip = _VERDICTS.isdisjoint(rest) and difflib.get_close_matches(first, self.commands)
-        if first in self.commands or (slip and not ctx.resilient_parsing):
-            return super().resolve_command(ctx, args)
-        return _EVENT, self.commands[_EVENT], args
-
-    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        """The commands, and the newest events in the place of the command that is named for them."""
-        found = [item for item in super().shell_complete(ctx, incomplete) if item.value != _EVENT]
-        event = next(parameter for parameter in self.commands[_EVENT].params if parameter.name == "event")
-        return found if incomplete.startswith("-") else [*found, *event.shell_complete(ctx, incomplete)]
-
-
-class _OnEvent(TyperCommand):
-    """The command of events: its name stands where its first argument does."""
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Without the argument that the name says already."""
-        return [piece for piece in super().collect_usage_pieces(ctx) if piece.strip("{}") != _EVENT]
+    said_of_events = frozenset({"true", "false"})
 
 
 app = typer.Typer(
-    cls=_EventFirst,
+    cls=_Labelled,
     no_args_is_help=True,
     subcommand_metavar="EVENT true|false | COMMAND [ARGS]...",
     context_settings={"ignore_unknown_options": True},  # those before the event are its command's
@@ -88,8 +61,8 @@ def register(root: typer.Typer) -> None:
 
 
 @app.command(
-    _EVENT,
-    cls=_OnEvent,
+    EVENT,
+    cls=OnEvent,
     epilog=examples(
         "rewatch label front-door:7c1b true",
         'rewatch label 7c1b false --note "the post"',
@@ -101,7 +74,7 @@ def event_(  # noqa: PLR0917 (typer makes options of parameters)
     event: Annotated[
         str,
         typer.Argument(
-            metavar=_EVENT,
+            metavar=EVENT,
             help="An event's id, or a beginning of it that only one has; with or without its camera.",
             autocompletion=complete.events,
         ),

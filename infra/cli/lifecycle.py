@@ -176,6 +176,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {seconds % 60:.0f} s"
 
 
+def in_short(state: dict[str, Any]) -> str:
+    """What a supervisor runs, in a line."""
+    processes = state["processes"]
+    others = [f"{name} is {process['state']}" for name, process in processes.items() if process["state"] != "ready"]
+    return f"{len(processes) - len(others)} processes run" + "".join(f"; {other}" for other in others)
+
+
 def _show_ready(console: Console, processes: dict[str, Any], shown: set[str], elapsed: float) -> None:
     for name, process in processes.items():
         if process["state"] == "ready" and name not in shown:

@@ -16,10 +16,14 @@ import typer
 from infra.cli import (
     ai,
     audit,
+    backup,
     cameras,
     dlq,
     doctor,
     events,
+    export,
+    gc,
+    hold,
     ingest,
     label,
     migrate,
@@ -31,7 +35,9 @@ from infra.cli import (
     serve,
     shadow,
     show,
+    sizing,
     sql,
+    tls,
 )
 from infra.cli import config as config_commands
 from infra.cli.help import EXIT_CODES, HELP_ASKED, Panelled, examples
@@ -60,7 +66,9 @@ for commands in (
     ingest,
     show,
     events,
+    export,
     label,
+    hold,
     sql,
     cameras,
     prompts,
@@ -69,9 +77,13 @@ for commands in (
     dlq,
     doctor,
     audit,
+    backup,
     models,
     migrate,
+    gc,
     rebuild,
+    sizing,
+    tls,
     config_commands,
 ):
     commands.register(app)

@@ -82,9 +82,12 @@ def pull(
     """
     from infra.models import hub, library
     from infra.models.download import DownloadError, WrongFileError
+    from infra.private import make_private
 
     settings: Settings = ctx.obj
     model = _lookup(name)
+    if to is None:
+        make_private(settings.data_dir)
     folder = to if to is not None else library.folders(settings.data_dir)[0]
     try:
         with _bars(quiet=as_json) as told:

@@ -10,7 +10,7 @@ from infra.cli import complete
 from infra.cli.audit import ASK_S
 from infra.cli.errors import mendable
 from infra.cli.help import MAINTENANCE, examples
-from infra.cli.output import NO, USAGE, JsonFlag, fail, print_json, print_table
+from infra.cli.output import AWAY, NO, USAGE, JsonFlag, fail, print_json, print_table
 
 if TYPE_CHECKING:
     from infra.config import Settings
@@ -90,6 +90,8 @@ def _rebuilt(settings: "Settings", tables: tuple[str, ...], *, quiet: bool) -> l
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
+    from infra.retention.collector import NotNowError
+    from infra.retention.work import alone
     from processors.sink.rebuild import Rebuild
     from processors.sink.store import ClickHouseStore
 
@@ -111,7 +113,11 @@ def _rebuilt(settings: "Settings", tables: tuple[str, ...], *, quiet: bool) -> l
         finally:
             await store.close()
 
-    return asyncio.run(main())
+    try:
+        with alone(settings):  # what a collector deletes meanwhile would come back with the new table
+            return asyncio.run(main())
+    except NotNowError as error:
+        fail(str(error), AWAY)
 
 
 def _patient(settings: "Settings") -> Any:

@@ -11,7 +11,7 @@ from rich.text import Text
 from infra.cli import complete
 from infra.cli.errors import mendable
 from infra.cli.help import RUN, examples
-from infra.cli.lifecycle import Stop, Tally, bring_up, duration, left, look, narrate
+from infra.cli.lifecycle import Stop, Tally, bring_up, duration, in_short, left, look, narrate
 from infra.cli.output import INTERRUPTED, USAGE, console, fail
 
 if TYPE_CHECKING:
@@ -57,11 +57,13 @@ def up(ctx: typer.Context) -> None:
     in order and says what was done; a second one stops at once. The data stay.
     """
     from infra.installation import Installation
+    from infra.notify import Notifier, keep_telling
 
     settings: Settings = ctx.obj
     out = console()
 
     async def main() -> None:
+        notifier = Notifier.of_environment()
         stop = Stop(out)
         began = time.monotonic()
         installation = Installation(settings, ctx.meta["config"])
@@ -70,18 +72,22 @@ def up(ctx: typer.Context) -> None:
             return
         tally = Tally(settings)
         _say_what_next(out, settings, time.monotonic() - began)
-        failed = asyncio.create_task(installation.stack.supervisor.wait())
+        supervisor = installation.stack.supervisor
+        notifier.ready(in_short(supervisor.state()))
+        living = asyncio.create_task(keep_telling(notifier, lambda: in_short(supervisor.state())))
+        failed = asyncio.create_task(supervisor.wait())
         stopped = asyncio.create_task(stop.asked.wait())
         telling = asyncio.create_task(narrate(installation, out))
         summary: list[str] = []
         try:
             await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            notifier.stopping()
             with out.status("counting ..."):
                 summary = await tally.summary()
             if failed.done():
                 failed.result()
         finally:
-            for task in (failed, stopped, telling):
+            for task in (failed, stopped, telling, living):
                 task.cancel()
             with out.status("stopping ..."):
                 await installation.__aexit__(None, None, None)
@@ -139,6 +145,7 @@ def run_stage(
     On as many machines as you like: they share the work. What was in hand at the stop is not lost.
     """
     from infra import topology
+    from infra.notify import Notifier, tell_of_stage
     from infra.worker import work
 
     settings: Settings = ctx.obj
@@ -147,12 +154,17 @@ def run_stage(
     out = console()
 
     async def main() -> None:
+        notifier = Notifier.of_environment()
         stop = Stop(out)
         began = time.monotonic()
+        report = status or topology.status_path(settings, stage)
+        telling = asyncio.create_task(tell_of_stage(notifier, report, topology.report_beside(report)))
         out.print(f"{stage} runs on {settings.kafka.bootstrap_servers}; Ctrl-C stops it in order", soft_wrap=True)
         try:
-            await work(settings, stage, status, stop=stop.asked)
+            await work(settings, stage, report, stop=stop.asked)
         finally:  # also where it was asked to stop before the broker answered, which ends it with SystemExit
+            telling.cancel()
+            notifier.stopping()
             if stop.asked.is_set():
                 out.print(f"{stage} stopped after {duration(time.monotonic() - began)}", soft_wrap=True)
         seen = await look(settings, count=False)

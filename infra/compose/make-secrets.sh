@@ -10,7 +10,7 @@ mkdir -p "$folder"
 chmod 0700 "$folder"
 
 for name in clickhouse_admin_password clickhouse_writer_password clickhouse_reader_password gateway_api_key \
-    ingest_api_key detector_api_key llm_api_key metrics_api_key grafana_admin_password; do
+    ingest_api_key detector_api_key llm_api_key metrics_api_key grafana_admin_password kafka_password; do
     if [ ! -s "$folder/$name" ]; then
         head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$folder/$name"
         echo "made $folder/$name"

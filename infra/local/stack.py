@@ -25,6 +25,7 @@ class LocalStack:
         data_dir: Path = Path(".rewatch"),
         *,
         kafka_port: int = 9092,
+        kafka_secure: bool = False,
         clickhouse_port: int = 8123,
         llama: LlamaSettings | None = None,
         without: Iterable[str] = (),
@@ -34,6 +35,7 @@ class LocalStack:
         Args:
             data_dir: Everything they keep lies below it.
             kafka_port: 0 picks a free one, here and for the others.
+            kafka_secure: Whether the broker asks for TLS and a password, which lie in `tls` below the directory.
             clickhouse_port: As above.
             llama: How the LLM server runs; None starts none.
             without: Names (`kafka`, `clickhouse`, `llama`) that run elsewhere and are not started.
@@ -41,7 +43,7 @@ class LocalStack:
         self.data_dir = data_dir.resolve()
         self.supervisor = Supervisor(self.data_dir)
         self._without = {*without, *(() if llama else ("llama",))}
-        self._broker = Broker(self.data_dir / "kafka", kafka_port)
+        self._broker = Broker(self.data_dir / "kafka", kafka_port, secure=self.data_dir if kafka_secure else None)
         self._clickhouse_port = clickhouse_port or free_port()
         self._llama = replace(llama, port=llama.port or free_port()) if llama else None
 

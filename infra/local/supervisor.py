@@ -24,6 +24,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from infra.local.process import Process, ProcessSpec, StartError
+from infra.private import make_private
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Supervisor:
             AlreadyRunningError: Another supervisor owns the data directory.
             StartError: A process could not start; everything has been stopped again.
         """
-        self.data_dir.mkdir(parents=True, exist_ok=True)
+        make_private(self.data_dir)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:

@@ -23,6 +23,7 @@ from processors.detect.core import MAX_BOXES, MIN_SCORE
 from processors.detect.settings import DetectorSettings
 from schemas.records import Box
 from streams.errors import UnavailableError, UnprocessableError, explain
+from streams.redaction import credentials
 
 log = structlog.get_logger(__name__)
 
@@ -79,7 +80,7 @@ class HttpDetector:
     ) -> None:
         assert settings.url is not None
         self._settings = settings.client
-        self._url = settings.url
+        self._url = credentials(settings.url)
         headers = {"Authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else {}
         self._client = httpx.Client(
             base_url=settings.url,
@@ -87,6 +88,7 @@ class HttpDetector:
             timeout=httpx.Timeout(settings.client.read_timeout_s, connect=settings.client.connect_timeout_s),
             transport=transport,
             trust_env=False,
+            verify=settings.client.trusted(),
         )
         self._clock = clock
         self._closed = threading.Event()
@@ -94,7 +96,7 @@ class HttpDetector:
         self._suspects: dict[bytes, bool] = {}
         """Pictures that it had when it broke off or hung, by hash; whether it had that one alone."""
         self._asked_name = False
-        self.name = settings.url
+        self.name = self._url
         self.digest = ""
         self.runtime = "http"
 

@@ -1,5 +1,7 @@
 """The `detector:` section of rewatch.yaml."""
 
+import ssl
+from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
@@ -23,6 +25,7 @@ class ClientSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    ca_path: Path | None = Field(None, description="Certificates (PEM) that the service's own may be signed by.")
     connect_timeout_s: float = Field(5.0, gt=0, description="A connection that takes longer is given up, seconds.")
     # A full batch of the largest model takes 20 s on two cores, and another may be before it. Longer than the service's
     # own deadline_s of 60: its 503, which says that it is busy, comes first. What is left is a service that hangs.
@@ -32,6 +35,10 @@ class ClientSettings(BaseModel):
         5, ge=1, description="After so many failures in a row nothing is asked for breaker_s; frames wait on the log."
     )
     breaker_s: float = Field(10.0, gt=0, le=600, description="So long, seconds; then one batch tries.")
+
+    def trusted(self) -> ssl.SSLContext | bool:
+        """Who may have signed the service's certificate, as httpx's `verify` takes it."""
+        return ssl.create_default_context(cafile=self.ca_path) if self.ca_path is not None else True
 
 
 class ServiceSettings(EndpointSettings):

@@ -1,6 +1,8 @@
 """The JSON API: what the pages show, for programs. Described at `/api/openapi.json`."""
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
@@ -10,7 +12,6 @@ from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import StreamingResponse
 
-from processors.gateway.door import NEEDS_KEY
 from processors.gateway.models import (
     CameraCard,
     CameraId,
@@ -57,8 +58,9 @@ class Serving(BaseModel):
 
 _WHY = {
     400: "What was sent cannot be read.",
-    401: "The API key is missing or wrong.",
-    403: "Sent by a page of another site, or to a name that is not this gateway's.",
+    401: "No API key and no token that is taken: `Authorization: Bearer KEY` or `X-API-Key: KEY`.",
+    403: "The token lacks the scope that the message names; or sent by a page of another site, or to a name that is "
+    "not this gateway's.",
     404: "There is no such thing; the message says what is near.",
     408: "The body did not arrive in time.",
     413: "The body is too long.",
@@ -76,7 +78,7 @@ def errors(*statuses: int) -> Responses:
     return {
         status: {
             "model": Error,
-            "description": NEEDS_KEY if status == 401 else _WHY[status],
+            "description": _WHY[status],
             **({"headers": _RETRY} if status in {429, 503} else {}),
         }
         for status in sorted({401, 403, 429, *statuses})
@@ -128,11 +130,14 @@ def _add_events(api: APIRouter, source: Source, streams: "_Streams") -> None:
         },
     )
     async def stream(
+        request: Request,
         after: Annotated[str | None, Query(max_length=8000, description="Resume behind this cursor.")] = None,
         last_event_id: Annotated[str | None, Header(description="As `after`; browsers send it by themselves.")] = None,
     ) -> Response:
         """Events as they come into ClickHouse."""
-        return streams.open(after, last_event_id)
+        # Who came with a token stays no longer than it holds.
+        until = request.scope.get("state", {}).get("until", math.inf)
+        return streams.open(after, last_event_id, until=until)
 
     @api.get("/api/events/{event_id:path}", responses=errors(404, 422, 503))
     async def event(event_id: EventId) -> EventDetail:
@@ -249,7 +254,7 @@ class _Streams:
         self._source = source
         self._open = 0
 
-    def open(self, after: str | None, last_event_id: str | None) -> Response:
+    def open(self, after: str | None, last_event_id: str | None, *, until: float) -> Response:
         if self._open >= _STREAMS:
             raise HTTPException(429, "too many streams at once", headers={"Retry-After": "10"})
         # A browser sends its last id for ever: one that is none of ours must not keep it out.
@@ -262,19 +267,19 @@ class _Streams:
         if events is None:
             events = self._source.live(after=after)
         return StreamingResponse(
-            self._written(events), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+            self._written(events, until), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
         )
 
-    async def _written(self, events: AsyncGenerator[tuple[str, EventSummary]]) -> AsyncIterator[str]:
+    async def _written(self, events: AsyncGenerator[tuple[str, EventSummary]], until: float) -> AsyncIterator[str]:
         """The stream as text, with a comment when nothing came for a while: else nobody learns that a client left."""
         self._open += 1
         pending: asyncio.Task[tuple[str, EventSummary]] | None = None
         try:
             yield f"retry: {_RETRY_MS}\n\n"
-            while True:
+            while (left_s := until - time.time()) > 0:
                 if pending is None:
                     pending = asyncio.create_task(anext(events))
-                await asyncio.wait({pending}, timeout=HEARTBEAT_S)
+                await asyncio.wait({pending}, timeout=min(HEARTBEAT_S, left_s))
                 if not pending.done():
                     yield ": still here\n\n"
                     continue

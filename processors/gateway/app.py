@@ -12,14 +12,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from processors.gateway import api
+from processors.gateway import api, rights
 from processors.gateway.door import Door
 from processors.gateway.login import Login
 from processors.gateway.pages import build_pages, error_page, wants_page
 from processors.gateway.ports import InvalidError, NotFoundError, Source
+from processors.gateway.sessions import Sessions
 from processors.gateway.settings import GatewaySettings
 from processors.gateway.throttle import Throttle
 from processors.gateway.upload import Uploads
+from streams.admission import Guard
 from streams.errors import UnavailableError
 
 # An embedded service is back in about five seconds.
@@ -45,7 +47,8 @@ def build_app(source: Source, settings: GatewaySettings, uploads: Uploads) -> AS
     )
     app.include_router(api.routes(source, uploads))
     throttle = Throttle()
-    login = Login(settings, refuse, throttle)
+    guard, sessions = Guard(settings), Sessions(settings)
+    login = Login(guard, sessions, refuse, throttle)
     app.router.routes += [
         Route("/login", login.sign_in, methods=["POST"]),
         Route("/logout", login.sign_out, methods=["POST"]),
@@ -53,9 +56,9 @@ def build_app(source: Source, settings: GatewaySettings, uploads: Uploads) -> AS
     ]
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    if settings.api_key is not None:
+    if guard.asks:
         _name_the_key(app)
-    return Door(app, settings, refuse, throttle)
+    return Door(app, settings, guard=guard, sessions=sessions, refuse=refuse, throttle=throttle)
 
 
 def refuse(request: Request, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -109,12 +112,13 @@ _HANDLERS: Mapping[type[Exception], Any] = {
 
 
 def _name_the_key(app: FastAPI) -> None:
-    """Say in the description that a key is asked for, and how it is given."""
+    """Say in the description that a key or a token is asked for, how it is given, and which scope a token needs."""
     described = app.openapi()
     described.setdefault("components", {})["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     }
     for path, operations in described["paths"].items():
-        for operation in operations.values():
-            operation["security"] = [] if path == "/health" else [{"bearer": []}, {"header": []}]
+        for method, operation in operations.items():
+            scope = rights.needed(method.upper(), path)
+            operation["security"] = [] if scope is None else [{"bearer": [scope]}, {"header": []}]

@@ -1,4 +1,4 @@
-"""Signing in and out with the key, by the form of a page."""
+"""Signing in and out with the key or a token, by the form of a page."""
 
 from urllib.parse import parse_qs, urlencode
 
@@ -8,37 +8,41 @@ from starlette.responses import RedirectResponse, Response
 
 from processors.gateway.refusals import Refuse, address_of, slowed
 from processors.gateway.sessions import Sessions
-from processors.gateway.settings import GatewaySettings
 from processors.gateway.throttle import Throttle
+from streams.admission import Guard, NotAdmittedError
 
 
 class Login:
     """`POST /login` and `POST /logout`; the form itself is a page."""
 
-    def __init__(self, settings: GatewaySettings, refuse: Refuse, throttle: Throttle) -> None:
-        self._settings = settings
+    def __init__(self, guard: Guard, sessions: Sessions, refuse: Refuse, throttle: Throttle) -> None:
+        self._guard = guard
+        self._sessions = sessions
         self._refuse = refuse
-        self._sessions = Sessions(settings)
         self._throttle = throttle
 
     async def sign_in(self, request: Request) -> Response:
-        """Take the key of a form and give a cookie for it; `next` says where to go on."""
+        """Take the key, or the token, of a form and give a cookie for it; `next` says where to go on."""
         form = await _form(request)
         target = local(form.get("next", "/"))
+        credential = form.get("key", "").strip() if self._guard.asks else ""
         address = address_of(request)
-        if (wait := self._throttle.wait(address)) > 0:
+        if not self._guard.is_token(credential) and (wait := self._throttle.wait(address)) > 0:
             return slowed(self._refuse, request, wait)
-        if not self._settings.lets_in({"x-api-key": form.get("key", "")}):
-            self._throttle.failed(address)
+        try:
+            found = self._guard.pass_of(credential)
+        except NotAdmittedError as error:
+            if error.guess:
+                self._throttle.failed(address)
             return RedirectResponse(f"/login?{urlencode({'wrong': '', 'next': target})}", 303)
         response = RedirectResponse(target, 303)
-        if self._settings.api_key is not None:
-            self._sessions.put(response, request.scope)
+        if self._guard.asks:
+            self._sessions.put(response, request.scope, found)
         return response
 
     async def sign_out(self, request: Request) -> Response:
         """Take the cookie back."""
-        response = RedirectResponse("/login" if self._settings.api_key is not None else "/", 303)
+        response = RedirectResponse("/login" if self._guard.asks else "/", 303)
         self._sessions.drop(response, request.scope)
         return response
 

@@ -16,13 +16,13 @@ class GatewaySettings(EndpointSettings):
     hosts: tuple[str, ...] = Field(
         default=(),
         description="Names under which browsers may reach it, besides its address and localhost; `*` is any. "
-        "Without an api_key others are refused, or a page elsewhere could read yours by a name of its own.",
+        "Without an api_key or jwt others are refused, or a page elsewhere could read yours by a name of its own.",
     )
     session_h: float = Field(
         default=12.0,
         gt=0,
         le=8760,
-        description="How long a browser stays signed in, hours; a new api_key signs all out.",
+        description="How long a browser stays signed in, hours, or as long as its token; a new api_key signs all out.",
     )
     ingest_url: str | None = Field(
         default=None,

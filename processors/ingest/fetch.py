@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Callable, Generator
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import NamedTuple, Protocol
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import SplitResult, urljoin, urlsplit
 
 import httpx
 
 from processors.ingest.address import Address
+from processors.ingest.reach import CameraTransport, Reach, RefusedAddressError
 
 # http to https, a trailing slash, a session's cookie: more than that is a circle.
 _MAX_HOPS = 5
@@ -84,6 +85,7 @@ class HttpPictures:
         max_bytes: the longest picture; reading stops there.
         timeout_s: how long a whole picture may take, with redirects and authentication, seconds.
         insecure: take any certificate.
+        link_local: ask at link-local addresses and clouds' metadata services too.
         clock: wall time, seconds since the Unix epoch, against which a camera's Retry-After is read.
         monotonic: seconds that never jump.
     """
@@ -95,6 +97,7 @@ class HttpPictures:
         max_bytes: int,
         timeout_s: float,
         insecure: bool = False,
+        link_local: bool = False,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -109,11 +112,14 @@ class HttpPictures:
         self._client = httpx.AsyncClient(
             headers={"User-Agent": "rewatch", "Accept": "image/jpeg, */*;q=0.1", "Accept-Encoding": "identity"},
             timeout=httpx.Timeout(timeout_s, connect=min(_CONNECT_S, timeout_s)),
-            limits=httpx.Limits(max_connections=2, max_keepalive_connections=1),
             # An address that a person set is the address: no proxy stands before it.
             trust_env=False,
-            # Own authorities come by SSL_CERT_FILE or SSL_CERT_DIR, as everywhere.
-            verify=_any_certificate() if insecure else httpx.create_ssl_context(),
+            transport=CameraTransport(
+                Reach(link_local=link_local),
+                # Own authorities come by SSL_CERT_FILE or SSL_CERT_DIR, as everywhere.
+                verify=_any_certificate() if insecure else httpx.create_ssl_context(),
+                limits=httpx.Limits(max_connections=2, max_keepalive_connections=1),
+            ),
             follow_redirects=False,
         )
 
@@ -124,6 +130,12 @@ class HttpPictures:
                 return await self._get()
         except (TimeoutError, httpx.TimeoutException):
             raise self._error(f"no whole picture within {self._timeout_s:g} s (timeout_s)") from None
+        except RefusedAddressError as error:
+            raise self._error(
+                f"its address, {error}, is link-local or a cloud's metadata service, which is not asked: if it is a "
+                "camera's, say so by --link-local (setting `link_local`)",
+                lasting=True,
+            ) from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             raise self._explain(error) from None
         finally:
@@ -223,6 +235,13 @@ class HttpPictures:
             )
         if parts.scheme == "http" and url.startswith("https:"):
             raise self._error("it redirects from https to http, which is not followed", lasting=True)
+        # On a host of many services another port is another service: ClickHouse's beside a camera's on this machine.
+        if parts.scheme == urlsplit(url).scheme and _port(parts) != _port(urlsplit(url)):
+            raise self._error(
+                f"it redirects to another port, {where}, which is not followed: if you trust it, give that address "
+                "instead",
+                lasting=True,
+            )
         query = f"?{parts.query}" if parts.query else ""
         return f"{parts.scheme}://{where}{parts.path or '/'}{query}"
 
@@ -308,6 +327,10 @@ class _CameraAuth(httpx.Auth):
         response = yield again
         if response.status_code != HTTPStatus.UNAUTHORIZED:
             self._agreed = auth
+
+
+def _port(parts: SplitResult) -> int:
+    return parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def _no_auth(request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:

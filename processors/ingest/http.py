@@ -14,6 +14,7 @@ from starlette.routing import Route
 from processors.ingest import core
 from processors.ingest.appender import Appenders
 from processors.ingest.settings import UploadSettings
+from streams.admission import Guard
 from streams.doors import check_sender, refusal, refuse, take_body
 from streams.errors import UnavailableError
 
@@ -58,13 +59,15 @@ class _Upload:
     def __init__(self, appenders: Appenders, settings: UploadSettings) -> None:
         self._appenders = appenders
         self._settings = settings
+        self._guard = Guard(settings)
         self._in_hand = 0
 
     async def post(self, request: Request) -> Response:
         """Take one image; see the module."""
         check_sender(
             request,
-            self._settings,
+            self._guard,
+            "upload",
             to_pages="uploads by web pages are refused here; the gateway takes those of its own page",
         )
         if self._in_hand >= self._settings.max_waiting:

@@ -51,9 +51,7 @@ class KafkaCameraLog:
             await self._producer.open()
             return await self._read_state()
         except (KafkaError, TimeoutError, OSError) as error:
-            raise UnavailableError(
-                "broker", f"the log cannot be reached (kafka.bootstrap_servers): {error!r}"
-            ) from error
+            raise UnavailableError(self._kafka.waiting_on, self._kafka.away(error)) from error
 
     async def commit(self, emits: Sequence[Emit]) -> None:
         """Append in one transaction; see the port."""

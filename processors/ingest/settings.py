@@ -1,7 +1,7 @@
 """The `ingest:` section of rewatch.yaml."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Secret, SecretStr, field_validator, model_validator
 
@@ -84,6 +84,15 @@ class UploadSettings(EndpointSettings):
     max_waiting: int = Field(default=64, ge=1, description="Uploads in hand at once; more are answered with 429.")
     timeout_s: float = Field(default=60.0, gt=0, description="A body that takes longer to arrive is answered with 408.")
 
+    @model_validator(mode="after")
+    def _passes_on(self) -> Self:
+        if self.jwt.enabled and self.api_key is None:
+            raise ValueError(
+                "ingest.upload.jwt alone shuts the gateway out, which passes uploads on by ingest.upload.api_key: set "
+                "it too (REWATCH_INGEST__UPLOAD__API_KEY)"
+            )
+        return self
+
 
 class CameraUrl(Secret[str]):
     """A camera's address, which may hold a password: shown without it, and without the query."""
@@ -115,6 +124,11 @@ class SnapshotSettings(BaseModel):
     timeout_s: float = Field(default=10.0, gt=0, description="A picture that takes longer is given up, seconds.")
     insecure: bool = Field(
         default=False, description="Take any TLS certificate, as of cameras that signed their own. Anyone can be it."
+    )
+    link_local: bool = Field(
+        default=False,
+        description="Ask it at a link-local address too (169.254.0.0/16, fe80::/10), as of a camera without DHCP: in "
+        "clouds whoever is answered there hands out the machine's credentials.",
     )
 
     @model_validator(mode="before")

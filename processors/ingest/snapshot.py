@@ -140,6 +140,7 @@ class Snapshots:
             max_bytes=self._appenders.settings.max_bytes,
             timeout_s=self._settings.timeout_s,
             insecure=self._settings.insecure,
+            link_local=self._settings.link_local,
         )
         due = self._monotonic()
         try:

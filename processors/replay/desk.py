@@ -8,6 +8,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from processors.replay.plan import Bound, Plan, State
 from schemas.records import Replay
+from streams.client import stop
 from streams.control import ControlTable
 from streams.delivery import FencedProducer
 from streams.errors import FencedError, UncertainError
@@ -114,7 +115,7 @@ class KafkaLog:
         if producer is not None:
             await producer.close()
         if consumer is not None:
-            await consumer.stop()
+            await stop(consumer)
 
 
 class States(Protocol):

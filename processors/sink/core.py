@@ -206,6 +206,7 @@ TABLES: Mapping[str, Mapping[str, Getter]] = {
     "gpu_metrics": _gpu_metrics(),
     "dead_letters": _table("dead_letters", headers=lambda letter: list(letter.headers.items())),
     "dead_letter_status": _table("dead_letter_status"),
+    "holds": _table("holds"),
 }
 """The typed table of each stored topic: its columns and where their values come from."""
 assert tuple(TABLES) == STORED, "every stored topic has a typed table, in the catalogue's order"

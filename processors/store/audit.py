@@ -94,6 +94,8 @@ class Report:
     """Topics too long to be compared with the log itself; the sink's own notes and what was made of them served."""
     notes: tuple[str, ...] = ()
     """What could not be asked, and why."""
+    forgotten: int = 0
+    """Records that retention took (`rewatch gc`), of the whole system: what is missing of those is not lost."""
     took_s: float = field(default=0.0, compare=False)
 
     @property
@@ -170,6 +172,7 @@ async def account(
         f"AND NOT arrayExists(h -> h.1 = 'redrive', headers) AND {bounds.of_log()} {sql.LIMITS}"
     )
     letters = await queries.rows(_LETTERS.format(bounds=bounds.of_table().replace("inserted_at", "l.inserted_at")))
+    [forgotten] = await queries.rows("SELECT count() AS n FROM forgotten FINAL")
     repeated = asking.counts.pop(REPEATED, 0)
     return Report(
         accepted=accepted[0]["n"],
@@ -180,6 +183,7 @@ async def account(
         repeated=repeated,
         unread=tuple(asking.unread),
         notes=tuple(asking.notes),
+        forgotten=forgotten["n"],
     )
 
 
@@ -329,13 +333,18 @@ class _Asking:
                 continue
             self._told(f"{topic} on the log")
             rows = await self._queries.rows(
-                "SELECT partition, arraySort(groupUniqArray(offset)) AS offsets FROM log WHERE topic = {topic:String} "
-                "AND epoch = {epoch:String} AND offset >= {since:Int64} GROUP BY partition",
+                "SELECT partition, arraySort(groupUniqArrayIf(offset, NOT taken)) AS offsets, "
+                "groupUniqArrayIf(offset, taken) AS forgotten FROM "
+                "(SELECT topic, epoch, partition, offset, 0 AS taken FROM log "
+                "UNION ALL SELECT topic, epoch, partition, offset, 1 FROM forgotten) "
+                "WHERE topic = {topic:String} AND epoch = {epoch:String} AND offset >= {since:Int64} "
+                "GROUP BY partition",
                 topic=topic,
                 epoch=epoch,
                 since=min(memory[TopicPartition(topic, part), epoch].since for part in parts),
             )
             kept_there = {row["partition"]: row["offsets"] for row in rows}
+            forgotten = {row["partition"]: set(row["forgotten"]) for row in rows}
             for position in look.positions["sink"]:
                 if position.partition.topic != topic:
                     continue
@@ -345,7 +354,8 @@ class _Asking:
                 upto = min(seen.upto, kept[topic].at[number])
                 on_log = set(seen.offsets[: bisect_left(seen.offsets, upto)])
                 stored = {offset for offset in kept_there.get(number, ()) if seen.since <= offset < seen.upto}
-                lost = [o for o in sorted(on_log - stored) if not _told_of(gaps, topic, epoch, number, o)]
+                gone = on_log - stored - forgotten.get(number, set())
+                lost = [o for o in sorted(gone) if not _told_of(gaps, topic, epoch, number, o)]
                 for kind, offsets, detail in (
                     ("missing_in_clickhouse", lost, "it is on the log, the sink has passed it, and `log` has it not"),
                     (
@@ -377,6 +387,13 @@ class _Asking:
             self.notes.append(
                 f"{camera} had windows by settings that nobody knows any more: not asked whether what matters is in one"
             )
+        thinned = {
+            (row["epoch"], row["partition"]): row["last"]
+            for row in await self._queries.rows(
+                "SELECT toString(epoch) AS epoch, partition, max(offset) AS last FROM forgotten "
+                "WHERE topic = 'detections' GROUP BY epoch, partition"
+            )
+        }
         groups: list[tuple[str | None, list[WindowSettings]]] = [(None, [default])]
         changed = {camera: settings for camera, settings in own.items() if set(settings) != {default}}
         groups += [(camera, [default, *settings]) for camera, settings in changed.items() if camera not in strange]
@@ -390,6 +407,7 @@ class _Asking:
                     done=done,
                     held=held,
                     gaps=gaps,
+                    thinned=thinned,
                 )
                 await self._ask("what matters", query)
 

@@ -3,7 +3,8 @@
 
 Every query gives rows `(kind, n, found)`: how many violations of a kind there are, and the first of them as
 `(id, detail)`. Two sides that must agree are stacked and counted by position, not joined: that takes one pass, and
-beyond `LIMITS` it goes by way of the disk, so millions of rows need no more memory than thousands.
+beyond `LIMITS` it goes by way of the disk, so millions of rows need no more memory than thousands. What retention
+took (`forgotten`) is stacked with them: of such a position nothing is wrong, whatever is there and whatever is not.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -170,7 +171,10 @@ def links(
             SELECT epoch, `partition`, `offset`, sum(i) AS inputs, sum(r) AS results, sum(l) AS letters
             FROM
             (
-                SELECT toString(epoch) AS epoch, `partition`, `offset`, 1 AS i, 0 AS r, 0 AS l
+                SELECT toString(epoch) AS epoch, `partition`, `offset`, 0 AS i, 0 AS r, 0 AS l, 1 AS f
+                FROM forgotten WHERE topic = {text(source)}
+                UNION ALL
+                SELECT toString(epoch), `partition`, `offset`, 1, 0, 0, 0
                 FROM log FINAL WHERE topic = {text(source)} AND NOT tick AND {bounds.of_log()}
                 UNION ALL
                 SELECT
@@ -179,12 +183,13 @@ def links(
                     toInt64OrZero(splitByChar(':', source)[4]),
                     0,
                     topic = {text(result)},
-                    topic = 'dead_letters'
+                    topic = 'dead_letters',
+                    0
                 FROM log FINAL
                 WHERE topic IN ({text(result)}, 'dead_letters') AND NOT tick AND startsWith(source, '{source}:')
             )
             GROUP BY epoch, `partition`, `offset`
-            HAVING NOT (inputs = 1 AND results + letters = 1) {"" if bounds.whole else "AND inputs > 0"}
+            HAVING max(f) = 0 AND NOT (inputs = 1 AND results + letters = 1) {"" if bounds.whole else "AND inputs > 0"}
         )
         WHERE NOT (kind = 'lost' AND ({done.beyond()} OR {_in_gap(gaps, stage, source)}))
             AND NOT (kind = 'from_nowhere' AND ({kept.beyond()} OR {_in_gap(gaps, "sink", source)}))
@@ -273,7 +278,8 @@ def ranges(bounds: Bounds, topics: Iterable[str]) -> str:
     SELECT
         'missing_in_log' AS kind,
         concat(p.topic, ':', p.epoch, ':', toString(p.part), ':', toString(p.lo), '-', toString(p.hi)) AS id,
-        concat('the sink brought ', toString(p.brought), ' records of this range, `log` has ', toString(l.n)) AS detail
+        concat('the sink brought ', toString(p.brought), ' records of this range, `log` has ', toString(l.n),
+            ' (those too that retention took)') AS detail
     FROM
     (
         SELECT toString(topic) AS topic, toString(epoch) AS epoch, `partition` AS part, lo, hi, rows AS brought
@@ -284,8 +290,14 @@ def ranges(bounds: Bounds, topics: Iterable[str]) -> str:
         SELECT r.topic AS topic, r.epoch AS epoch, r.part AS part, s.hi AS hi, count() AS n
         FROM
         (
-            SELECT toString(topic) AS topic, toString(epoch) AS epoch, `partition` AS part, `offset` AS at
-            FROM log FINAL WHERE {these}
+            SELECT topic, epoch, part, at FROM
+            (
+                SELECT toString(topic) AS topic, toString(epoch) AS epoch, `partition` AS part, `offset` AS at
+                FROM log WHERE {these}
+                UNION ALL
+                SELECT toString(topic), toString(epoch), `partition`, `offset` FROM forgotten WHERE {these}
+            )
+            GROUP BY topic, epoch, part, at
         ) AS r
         ASOF INNER JOIN
         (
@@ -314,8 +326,10 @@ def batch_frames(bounds: Bounds, kept_to: Reach) -> str:
             anyIf(name, b = 1) AS batched, anyIf(name, t = 1) AS seen, sum(t) AS rows
         FROM
         (
-            SELECT toString(detections_epoch) AS epoch, detections_partition AS `partition`, f.2 AS `offset`,
-                1 AS b, 0 AS d, 0 AS t, sipHash64(f.1) AS name
+            SELECT toString(epoch) AS epoch, `partition`, `offset`, 0 AS b, 1 AS d, 0 AS t, toUInt64(0) AS name
+            FROM forgotten WHERE topic = 'detections'
+            UNION ALL
+            SELECT toString(detections_epoch), detections_partition, f.2, 1, 0, 0, sipHash64(f.1)
             FROM batches FINAL
             ARRAY JOIN arrayZip(`frames.frame_id`, `frames.offset`) AS f
             WHERE {bounds.of_table()}
@@ -361,6 +375,7 @@ def unbatched(
     done: Reach,
     held: Mapping[int, int],
     gaps: Sequence[Gap],
+    thinned: Mapping[tuple[str, int], int],
 ) -> str:
     """Each record that matters by all of these settings is in a batch, or its window may still be open.
 
@@ -374,6 +389,8 @@ def unbatched(
         done: where batch stands: the first record of the oldest open window.
         held: batches and dead letters that the sink has not kept yet, by partition; nothing is said of those.
         gaps: what batch could not read.
+        thinned: by epoch and partition the last offset that retention took. Up to it the records may be missing by
+            which a box would be known as one that stood still; nothing is said of those.
     """
     open_on = _strings(sorted(set.intersection(*(set(one.open_on) for one in settings))))
     which = f"camera_id = {text(camera)}" if camera is not None else f"camera_id NOT IN {_strings(others)}"
@@ -402,8 +419,8 @@ def unbatched(
         SELECT
             epoch, `partition`, `offset`, frame_id, {suspect} AND {bounds.of_table()} AS suspected, {boxes} AS seen,
             groupArray(arrayFilter(b -> b.2 >= {lowest} AND b.1 IN {open_on}, {boxes}))
-                OVER (PARTITION BY epoch, `partition`, camera_id ORDER BY `offset`
-                      ROWS BETWEEN 5 PRECEDING AND 1 PRECEDING) AS recent
+                OVER before AS recent,
+            {_pick_life(thinned)} AS took, count() OVER before AS known, min(`offset`) OVER before AS oldest
         FROM detections FINAL
         -- Of most records it is known that they are in windows: looked at are the others, and the five before each.
         WHERE {which} AND sipHash64(toString(epoch), `partition`, `offset`) IN
@@ -418,8 +435,10 @@ def unbatched(
             )
             WHERE near
         )
+        WINDOW before AS
+            (PARTITION BY epoch, `partition`, camera_id ORDER BY `offset` ROWS BETWEEN 5 PRECEDING AND 1 PRECEDING)
     )
-    WHERE suspected
+    WHERE suspected AND NOT (took >= 0 AND (known < 5 OR oldest <= took))
         AND arrayExists(b -> b.2 >= {highest} AND b.1 IN {open_on}
             AND NOT arrayExists(r -> arrayExists(o -> o.1 = b.1 AND {_IOU} >= {least}, r), recent), seen)
         AND (toString(epoch), `partition`, `offset`) NOT IN
@@ -510,6 +529,7 @@ def letters(bounds: Bounds, reached: Mapping[str, Reach]) -> str:
                     SELECT splitByChar(':', origin)[1], toInt64OrZero(splitByChar(':', origin)[4]) FROM dead_letters
                 )
             )
+        AND origin NOT IN ({_forgotten_among("dead_letters")})
         AND NOT ({behind or "0"}))
     """)
 
@@ -534,7 +554,8 @@ def resolved(stage: str, source: str, result: str, bounds: Bounds, held: int) ->
         )
         GROUP BY origin
     )
-    WHERE results > 1 OR (called AND results = 0 AND {int(held == 0)})
+    WHERE results > 1 OR (called AND results = 0 AND {int(held == 0)}
+        AND origin NOT IN ({_forgotten_among("dead_letter_status")}))
     """)
 
 
@@ -565,12 +586,15 @@ def _unequal(topic: str, bounds: Bounds) -> str:
     SELECT epoch, `partition`, `offset`, sum(l) AS logged, sum(t) AS typed
     FROM
     (
-        SELECT toString(epoch) AS epoch, `partition`, `offset`, 1 AS l, 0 AS t
+        SELECT toString(epoch) AS epoch, `partition`, `offset`, 0 AS l, 0 AS t, 1 AS f
+        FROM forgotten WHERE topic = {text(topic)}
+        UNION ALL
+        SELECT toString(epoch), `partition`, `offset`, 1, 0, 0
         FROM log FINAL WHERE topic = {text(topic)} AND NOT tick AND decode_error = '' AND {bounds.of_log()}
-        UNION ALL SELECT toString(epoch), `partition`, `offset`, 0, 1 FROM {topic} FINAL
+        UNION ALL SELECT toString(epoch), `partition`, `offset`, 0, 1, 0 FROM {topic} FINAL
     )
     GROUP BY epoch, `partition`, `offset`
-    HAVING logged != typed {"" if bounds.whole else "AND logged > 0"}
+    HAVING max(f) = 0 AND logged != typed {"" if bounds.whole else "AND logged > 0"}
     """
 
 
@@ -599,6 +623,20 @@ def _pick(by_partition: Mapping[int, int]) -> str:
     if not by_partition:
         return "0"
     return f"transform(`partition`, {list(by_partition)}, {list(by_partition.values())}, 0)"
+
+
+def _pick_life(by_life: Mapping[tuple[str, int], int]) -> str:
+    """The number of a row's epoch and partition; -1 where it has none."""
+    if not by_life:
+        return "-1"
+    lives = ", ".join(text(f"{epoch}:{partition}") for epoch, partition in by_life)
+    return f"transform(concat(toString(epoch), ':', toString(`partition`)), [{lives}], {list(by_life.values())}, -1)"
+
+
+def _forgotten_among(table: str) -> str:
+    """Which origins in a table are of records that retention took."""
+    origin = "concat(toString(topic), ':', toString(epoch), ':', toString(`partition`), ':', toString(`offset`))"
+    return f"SELECT {origin} AS o FROM forgotten WHERE o IN (SELECT origin FROM {table})"
 
 
 def _strings(values: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import clickhouse_connect
 from clickhouse_connect.driver.asyncclient import AsyncClient
-from clickhouse_connect.driver.exceptions import ClickHouseError, DataError, Error
+from clickhouse_connect.driver.exceptions import ClickHouseError, DataError, Error, ProgrammingError
 
 from processors.store.settings import ClickHouseSettings
 from streams.errors import UnavailableError
@@ -19,17 +19,36 @@ _REFUSED = frozenset({117, 131, 321, 349, 469, 691})
 # 117 INCORRECT_DATA, 131 TOO_LARGE_STRING_SIZE, 321 VALUE_IS_OUT_OF_RANGE_OF_DATA_TYPE,
 # 349 CANNOT_INSERT_NULL_IN_ORDINARY_COLUMN, 469 VIOLATED_CONSTRAINT, 691 UNKNOWN_ELEMENT_OF_ENUM
 
+_CREDENTIALS = "set clickhouse.user and REWATCH_CLICKHOUSE__PASSWORD to those of a user that it has"
+_RIGHTS = "set clickhouse.user to one that may (`rewatch migrate --users` makes them), or grant it what it lacks"
+_LIMITS = "ask for less, or raise this limit of the user of clickhouse.user"
+
 _FIXES = {
     16: "run `rewatch migrate`",  # NO_SUCH_COLUMN_IN_TABLE
     47: "run `rewatch migrate`",  # UNKNOWN_IDENTIFIER
     60: "run `rewatch migrate`",  # UNKNOWN_TABLE
     81: "run `rewatch migrate`, or set clickhouse.database",  # UNKNOWN_DATABASE
-    192: "set clickhouse.user",  # UNKNOWN_USER
-    194: "set REWATCH_CLICKHOUSE__PASSWORD",  # REQUIRED_PASSWORD
+    158: _LIMITS,  # TOO_MANY_ROWS
+    159: _LIMITS,  # TIMEOUT_EXCEEDED
+    164: _RIGHTS,  # READONLY
+    192: _CREDENTIALS,  # UNKNOWN_USER
+    193: _CREDENTIALS,  # WRONG_PASSWORD
+    194: _CREDENTIALS,  # REQUIRED_PASSWORD
+    202: _LIMITS,  # TOO_MANY_SIMULTANEOUS_QUERIES
+    241: "ask for less, or give it more memory",  # MEMORY_LIMIT_EXCEEDED
     243: "free space on its disk",  # NOT_ENOUGH_SPACE
-    497: "grant the user of clickhouse.user what it lacks",  # ACCESS_DENIED
-    516: "set clickhouse.user and REWATCH_CLICKHOUSE__PASSWORD",  # AUTHENTICATION_FAILED
+    307: _LIMITS,  # TOO_MANY_BYTES
+    396: _LIMITS,  # TOO_MANY_ROWS_OR_BYTES
+    452: _LIMITS,  # SETTING_CONSTRAINT_VIOLATION
+    495: "it stands in the server's own files: change it there",  # ACCESS_STORAGE_READONLY
+    497: _RIGHTS,  # ACCESS_DENIED
+    514: "it keeps its users in files: put these there (infra/compose/clickhouse/users.xml.in has them)",
+    # 514 ACCESS_STORAGE_FOR_INSERTION_NOT_FOUND
+    516: _CREDENTIALS,  # AUTHENTICATION_FAILED
 }
+
+
+_BEGINS = "DB::Exception: "
 
 
 class RefusedError(Exception):
@@ -72,8 +91,10 @@ class Connection:
         )
 
     @contextmanager
-    def naming(self) -> Iterator[None]:
+    def naming(self, rights: str = _RIGHTS) -> Iterator[None]:
         """Turn what goes wrong inside into `RefusedError` or `UnavailableError`.
+
+        `rights` is what to do where the user may not do this.
 
         Raises:
             RefusedError: at least one value does not fit its column; none of the rows was taken.
@@ -88,13 +109,24 @@ class Connection:
             if code in _REFUSED:
                 raise RefusedError(str(error)) from error
             where = f"ClickHouse at {self.settings.url}"
+            if isinstance(error, ProgrammingError):  # the client sees that this user may not change a setting
+                raise UnavailableError("store", f"{where}, as {self.settings.user}: {error}; {rights}") from error
             if code is None:
                 raise UnavailableError("store", f"{where} does not answer (clickhouse.url): {error}") from error
-            fix = f"; {_FIXES[code]}" if code in _FIXES else ""
-            raise UnavailableError("store", f"{where}: {error}{fix}") from error
+            known = _FIXES.get(code)
+            fix = "" if known is None else f"; {rights if known is _RIGHTS else known}"
+            raise UnavailableError("store", f"{where}: {own_words(error)}{fix}") from error
 
     async def close(self) -> None:
         """Close the client, if there is one."""
         if self._client is not None:
             client, self._client = self._client, None
             await client.close()
+
+
+def own_words(error: Exception) -> str:
+    """What the engine says, without the client's wrapping and the build number."""
+    text = str(error)
+    begins = text.find(_BEGINS)
+    text = text[begins + len(_BEGINS) :] if begins >= 0 else text
+    return text.split(" (version ", 1)[0].strip()

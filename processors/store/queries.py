@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from clickhouse_connect.driver.exceptions import DatabaseError
 
-from processors.store.connection import Connection
+from processors.store.connection import Connection, own_words
 from processors.store.settings import ClickHouseSettings
 from processors.store.times import LAST_MS
 from schemas.migrations import migrations, pending
@@ -339,25 +339,21 @@ class Queries:
         Raises:
             QueryError: the query is wrong, or would change something; the message is the engine's own.
         """
-        settings = {"readonly": 1, "limit": limit, "output_format_json_quote_64bit_integers": 0}
+        settings = {"limit": limit, "output_format_json_quote_64bit_integers": 0}
         with self._connection.naming():
             client = await self._connection.client()
+            # Whom its profile keeps from writing may not even ask for that.
+            own = client.server_settings.get("readonly")
+            if own is None or own.value == "0":
+                settings["readonly"] = 1
             try:
                 answer: bytes = await client.raw_query(query, settings=settings, fmt=fmt)
             except DatabaseError as error:
                 if error.code is None:
                     raise
-                raise QueryError(_own_words(error).replace(f"\n FORMAT {fmt}", "")) from error
+                raise QueryError(own_words(error).replace(f"\n FORMAT {fmt}", "")) from error
         return answer
 
     async def aclose(self) -> None:
         """Close the connection."""
         await self._connection.close()
-
-
-def _own_words(error: DatabaseError) -> str:
-    """What the engine says, without the client's wrapping and the build number."""
-    text = str(error)
-    begins = text.find("DB::Exception: ")
-    text = text[begins + len("DB::Exception: ") :] if begins >= 0 else text
-    return text.split(" (version ", 1)[0].strip()

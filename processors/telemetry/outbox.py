@@ -118,7 +118,7 @@ class Outbox:
         except (KafkaError, OSError, TimeoutError) as error:
             if self.waiting_on is None:
                 log.warning("waiting", on="broker", why=self._kafka.away(error), kept_at_most=self._most)
-            self.waiting_on = "broker"
+            self.waiting_on = self._kafka.waiting_on
             if producer is not None:
                 await _close(producer)
             return None

@@ -38,6 +38,7 @@ MODULES = (
     "replay",
     "parse",
     "prefix",
+    "scale",
     "runtime",
     "latency",
 )

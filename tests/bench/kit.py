@@ -55,23 +55,23 @@ class Installation(NamedTuple):
     epochs: Callable[[str], str]
 
 
-async def install(stack: LocalStack) -> Installation:
+async def install(stack: LocalStack, partitions: int = PARTITIONS) -> Installation:
     """A new installation. What earlier ones left on the topics is there: begin at their ends."""
     settings = KafkaSettings(
-        bootstrap_servers=stack.bootstrap_servers, system=f"bench{secrets.token_hex(4)}", partitions=PARTITIONS
+        bootstrap_servers=stack.bootstrap_servers, system=f"bench{secrets.token_hex(4)}", partitions=partitions
     )
     kafka = Kafka(settings)
     return Installation(kafka, epochs_of(await ensure_topics(kafka)))
 
 
-def partitions_of(*topics: str) -> list[TopicPartition]:
+def partitions_of(*topics: str, partitions: int = PARTITIONS) -> list[TopicPartition]:
     """Every partition of these topics."""
-    return [TopicPartition(topic, p) for topic in topics for p in range(1 if TOPICS[topic].single else PARTITIONS)]
+    return [TopicPartition(topic, p) for topic in topics for p in range(1 if TOPICS[topic].single else partitions)]
 
 
 async def begin_at_the_end(home: Installation, stage: str, inputs: Sequence[str]) -> dict[TopicPartition, int]:
     """Commit the ends of the inputs as the stage's positions, as if it had done all that is there; return them."""
-    bounds = await home.kafka.bounds(partitions_of(*inputs))
+    bounds = await home.kafka.bounds(partitions_of(*inputs, partitions=home.kafka.settings.partitions))
     ends = {tp: end for tp, (_, end) in bounds.items()}
     producer = FencedProducer(home.kafka, home.kafka.transactional_id("begin", stage))
     await producer.open()
@@ -125,12 +125,15 @@ async def reached(liveness: Liveness, positions: Mapping[TopicPartition, int]) -
 
 
 @asynccontextmanager
-async def running(home: Installation, stage: str, **sections: Any) -> AsyncIterator[Path]:
-    """The stage's own process, a member of its group; gives the file of its settings.
+async def running(
+    home: Installation, stage: str, *, module: str = "infra.worker", **sections: Any
+) -> AsyncIterator[Path]:
+    """The stage's own process, a member of its group; gives the file of its settings, `status.json` beside it.
 
     Args:
         home: where it works.
         stage: as `rewatch run` names it.
+        module: what is run, if not the production's own.
         sections: more sections of its settings.
     """
     kafka = home.kafka.settings
@@ -148,7 +151,7 @@ async def running(home: Installation, stage: str, **sections: Any) -> AsyncItera
         }
         config.write_text(yaml.safe_dump(settings))
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "infra.worker", stage, "--config", str(config), "--status", str(status)),
+            *(sys.executable, "-m", module, stage, "--config", str(config), "--status", str(status)),
             env={name: value for name, value in os.environ.items() if not name.startswith("REWATCH_")},
             stderr=asyncio.subprocess.DEVNULL,
         )
@@ -218,22 +221,24 @@ def distinct(image: bytes, number: int) -> bytes:
     return image[:2] + b"\xff\xfe" + (2 + len(comment)).to_bytes(2, "big") + comment + image[2:]
 
 
-def frames(images: Sequence[bytes], count: int) -> Iterator[tuple[int, Frame]]:
+def frames(images: Sequence[bytes], count: int, partitions: int = PARTITIONS) -> Iterator[tuple[int, Frame]]:
     """Records of new images, each with the partition of its camera: one camera a partition, in turn."""
+    sizes = [Image.open(io.BytesIO(image)).size for image in images]
     for n in range(count):
-        camera = f"camera-{n % PARTITIONS}"
+        camera = f"camera-{n % partitions}"
         image = distinct(images[n % len(images)], secrets.randbits(64))
         sha256 = hashlib.sha256(image).hexdigest()
         captured_at = _NOON_MS + n
+        width, height = sizes[n % len(images)]
         yield (
-            n % PARTITIONS,
+            n % partitions,
             Frame(
                 frame_id=ids.frame_id(camera, sha256, captured_at),
                 camera_id=camera,
                 sha256=sha256,
                 size=len(image),
-                width=640,
-                height=360,
+                width=width,
+                height=height,
                 captured_at=captured_at,
                 captured_from="exif",
                 arrived_at=captured_at + 500,

@@ -23,6 +23,7 @@ from schemas.records import Context
 from streams import codec
 from streams.kafka import Kafka
 from streams.messages import Tick
+from tests.e2e import demo_bytes
 from tests.e2e.installation import settings_for
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
@@ -75,6 +76,7 @@ async def test_the_demo_ends_with_everything_accounted_for(tmp_path: Path, monke
         assert "analyst: " in status
         assert status.count("a toy that comes with the demo") == 2
         await moves_as_the_second_prompt_says(settings)
+        assert demo_bytes.off(await demo_bytes.measured(settings.data_dir, settings.clickhouse)) == {}
         diff = json.loads((await asyncio.to_thread(rewatch, "replay", "diff", "live", again["name"], "--json")).stdout)
         assert (diff["compared"], diff["flips"]) == (again["compared"], again["flips"])
         second = await asyncio.to_thread(rewatch, "up")

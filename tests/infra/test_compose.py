@@ -1,7 +1,9 @@
 """The files of containers: what they name is known to the product, every service is locked, every image pinned."""
 
 import hashlib
+import os
 import re
+import ssl
 import subprocess
 import sys
 import tomllib
@@ -24,6 +26,13 @@ IMAGES = ROOT / "infra" / "images"
 
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Z_]+)(?::-(?P<default>[^}]*))?\}")
 
+# What Docker Compose is given together: one machine, secured, and one of several hosts.
+STACKS = {
+    "plain": ("compose.yaml",),
+    "secure": ("compose.yaml", "secure.yaml"),
+    "hosts": ("compose.yaml", "secure.yaml", "hosts.yaml"),
+}
+
 # Third parties' images whose users are their own; whoever else has no user of its own gets ours.
 USERS = {"redpanda": "101:101", "clickhouse": "101:101", "grafana": "472:0"}
 DOORS = {"gateway", "grafana", "console"}
@@ -39,17 +48,51 @@ def resolved(text: str) -> str:
     return _VARIABLE.sub(lambda found: found["default"] or "", text).replace("$$", "$")
 
 
-def read() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(resolved((COMPOSE / "compose.yaml").read_text()))
+class _Instead(list[Any]):
+    """A list that stands for what was there, `!override`, and is not added to it."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Compose's YAML."""
+
+
+_Loader.add_constructor("!override", lambda loader, node: _Instead(loader.construct_sequence(node, deep=True)))
+
+
+def merged(under: Any, over: Any, key: str = "") -> Any:
+    """What Compose makes of a value of one file and that of the next."""
+    if isinstance(under, dict) and isinstance(over, dict):
+        both = {name: merged(under[name], over[name], name) for name in under.keys() & over.keys()}
+        return {**under, **over, **both}
+    if isinstance(under, list) and isinstance(over, list) and not isinstance(over, _Instead):
+        if key in {"command", "entrypoint"}:
+            return over
+        if key == "volumes":  # one that is mounted at the same place takes the other's
+            places = {volume.split(":")[1] for volume in over}
+            return [volume for volume in under if volume.split(":")[1] not in places] + over
+        return under + over
+    return over
+
+
+def read(stack: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in STACKS[stack]:
+        found = merged(found, yaml.load(resolved((COMPOSE / name).read_text()), _Loader))
     return found
 
 
-FILE = read()
+FILES = {stack: read(stack) for stack in STACKS}
+FILE = FILES["plain"]
 SERVICES: dict[str, dict[str, Any]] = FILE["services"]
 
 
-def environment(service: str) -> dict[str, str]:
-    return {name: str(value) for name, value in SERVICES[service].get("environment", {}).items()}
+def environment(service: str, stack: str = "plain") -> dict[str, str]:
+    return {name: str(value) for name, value in FILES[stack]["services"][service].get("environment", {}).items()}
+
+
+def given(service: str, stack: str = "plain") -> set[str]:
+    """The secrets of a service."""
+    return {s if isinstance(s, str) else s["source"] for s in FILES[stack]["services"][service].get("secrets", [])}
 
 
 def command(service: str) -> list[str]:
@@ -66,30 +109,46 @@ def of_ours() -> list[str]:
     return [name for name, service in SERVICES.items() if re.match(r"rewatch/(processors|detector):", service["image"])]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The secrets as the scripts make them."""
+    folder = tmp_path_factory.mktemp("secrets")
+    for script, arguments in (("make-secrets.sh", [str(folder)]), ("make-tls.sh", [])):
+        subprocess.run(
+            ["sh", str(COMPOSE / script), *arguments],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "SECRETS": str(folder)},
+        )
+    return folder
+
+
+@pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("service", of_ours())
 def test_every_setting_of_a_service_is_known_to_the_product(
-    service: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    service: str, stack: str, made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ALIASES:
         monkeypatch.delenv(name, raising=False)
-    secrets = set(SERVICES[service].get("secrets", []))
-    for name, value in environment(service).items():
+    for name, value in environment(service, stack).items():
         if value.startswith("/run/secrets/"):
-            assert value.removeprefix("/run/secrets/") in secrets, f"{name}: the service is not given {value}"
-            (tmp_path / Path(value).name).write_text("k" * 64)
-            monkeypatch.setenv(name, str(tmp_path / Path(value).name))
+            secret = value.removeprefix("/run/secrets/")
+            assert secret in given(service, stack), f"{name}: the service is not given {value}"
+            monkeypatch.setenv(name, str(made / secret))
         else:
             monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     settings = load()
     # Each name is the product's, or a library's.
-    for name in environment(service):
+    for name in environment(service, stack):
         base = name.removesuffix("_FILE")
-        assert base.startswith("REWATCH_") or base in ALIASES or base == "HF_HUB_OFFLINE"
+        assert base.startswith("REWATCH_") or base in ALIASES or name in {"HF_HUB_OFFLINE", "SSL_CERT_FILE"}
     if "log" in SERVICES[service]["networks"]:
         assert settings.kafka.bootstrap_servers == "redpanda:9092"
         assert not settings.local_kafka
         assert not settings.local_clickhouse
+        secured = settings.kafka.security_protocol == "SASL_SSL" and settings.kafka.sasl_password is not None
+        assert secured == (stack != "plain")
 
 
 @pytest.mark.parametrize("service", of_ours())
@@ -196,26 +255,159 @@ def test_no_image_runs_as_root_and_each_has_a_health_check() -> None:
         assert "--start-period=120s" in text
 
 
-def test_secrets_are_files_that_are_made_and_go_only_where_they_are_named() -> None:
-    made = (COMPOSE / "make-secrets.sh").read_text()
-    for name, secret in FILE["secrets"].items():
+@pytest.mark.parametrize("stack", STACKS)
+def test_secrets_are_files_that_are_made_and_go_only_where_they_are_named(stack: str) -> None:
+    made = (COMPOSE / "make-secrets.sh").read_text() + (COMPOSE / "make-tls.sh").read_text()
+    for name, secret in FILES[stack]["secrets"].items():
         assert secret == {"file": f"./secrets/{Path(secret['file']).name}"}
-        assert name in made
-    for service, written in SERVICES.items():
-        for secret in written.get("secrets", []):
-            assert (secret if isinstance(secret, str) else secret["source"]) in FILE["secrets"], service
-        text = " ".join(environment(service).values())
+        assert name in made or re.fullmatch("tls_(redpanda|clickhouse|detector|llm|gateway)(_key)?", name)
+    for service in FILES[stack]["services"]:
+        assert given(service, stack) <= set(FILES[stack]["secrets"]), service
+        text = " ".join(environment(service, stack).values())
         assert not re.search(r"[0-9a-f]{32}", text), f"{service}: a secret in the environment"
 
 
 def test_the_example_names_every_variable_with_its_default() -> None:
-    text = (COMPOSE / "compose.yaml").read_text()
-    found = {(one["name"], one["default"] or "") for one in _VARIABLE.finditer(text.replace("$$", ""))}
-    used = dict(found)
-    assert len(used) == len(found), "a variable has two defaults"
     example = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", (COMPOSE / ".env.example").read_text(), re.MULTILINE))
     assert example.pop("COMPOSE_PROFILES") == "cpu"
+    assert example.pop("COMPOSE_FILE").split(":") == list(STACKS["secure"])
+    used: dict[str, str] = {}
+    for name in STACKS["hosts"]:
+        text = (COMPOSE / name).read_text().replace("$$", "")
+        found = {(one["name"], one["default"] or "") for one in _VARIABLE.finditer(text)}
+        assert len(dict(found)) == len(found), f"{name}: a variable has two defaults"
+        # With TLS the servers' addresses are others; that of compose.yaml is the example's.
+        changed = {variable for variable, default in found if used.get(variable, default) != default}
+        assert changed == ({"CLICKHOUSE_URL", "DETECTOR_URL", "LLM_URL"} if name == "secure.yaml" else set())
+        used = dict(found) | used
     assert example == used
+
+
+def test_secured_everybody_speaks_tls_and_each_key_is_its_servers_alone() -> None:
+    services = FILES["secure"]["services"]
+    for service in services:
+        keys = {secret for secret in given(service, "secure") if re.fullmatch("tls_.*_key", secret)}
+        own = {"detector-gpu": "detector", "llama": "llm", "llama-gpu": "llm", "vllm": "llm"}.get(service, service)
+        assert keys == ({f"tls_{own}_key"} if keys else set()), service
+        assert "tls_authority_key" not in given(service, "secure")
+        # Whoever asked a server in the clear now asks it with TLS, and knows who may have signed its certificate.
+        before, after = environment(service), environment(service, "secure")
+        stored = "store" in services[service]["networks"]
+        for name, value in before.items():
+            if value.startswith("http://") and name != "REWATCH_GATEWAY__INGEST_URL":
+                assert after[name].startswith("https://") or (not stored and "CLICKHOUSE" in name), f"{service}: {name}"
+        if any(value.startswith("https://") for value in after.values()):
+            assert "/run/secrets/tls_ca" in after.values(), service
+        for check in services[service].get("healthcheck", {}).get("test", []):
+            assert "http://" not in str(check) or service in {"grafana", "console"}, service
+    told = " ".join(services["redpanda"]["command"])
+    [listeners] = re.findall(r"redpanda\.kafka_api=(\[.*?\])", told)
+    outside = [one for one in yaml.safe_load(listeners) if one["address"] != "127.0.0.1"]
+    assert [(one["port"], one["authentication_method"]) for one in outside] == [(9092, "sasl")]
+    assert re.search(r'kafka_api_tls=\[{"name": "tls", "enabled": true', told)
+    # rpk takes `--set` as a word of its own only.
+    assert "--set=" not in told
+    clickhouse = ET.parse(COMPOSE / "secure" / "clickhouse.xml")
+    assert clickhouse.find("http_port[@remove='remove']") is not None
+    assert clickhouse.findtext("https_port") == "8443"
+
+
+def test_every_service_has_its_kind_of_host_and_no_other_is_reached_than_by_tls() -> None:
+    services = FILES["hosts"]["services"]
+    assert {name for name, service in services.items() if not service.get("profiles")} == set()
+    published = {name: port for name, service in services.items() for port in service.get("ports", ())}
+    servers = {"redpanda", "clickhouse", "detector", "detector-gpu", "llama", "llama-gpu", "vllm"}
+    assert set(published) == servers | DOORS
+    for name in servers:
+        assert published[name].startswith("0.0.0.0:")
+        assert FILES["secure"]["services"][name]["secrets"] != SERVICES[name].get("secrets", []), f"{name} has no key"
+    assert not [name for name in FILES["hosts"]["networks"] if name == "uploads" and not FILE["networks"][name]]
+    # Who writes or reads pictures shares their folder.
+    with_pictures = {name for name in services if environment(name, "hosts").get("REWATCH_IMAGES")}
+    assert with_pictures == {"ingest", "gateway", "detect", "rewatch"}
+    assert all("images:/images" in services[name]["volumes"] for name in with_pictures)
+
+
+def test_the_hosts_together_run_everything_and_each_file_names_what_its_host_needs() -> None:
+    services = FILES["hosts"]["services"]
+    unresolved = yaml.load((COMPOSE / "compose.yaml").read_text(), _Loader)["services"]
+    example = (COMPOSE / ".env.example").read_text()
+    run_by: dict[str, set[str]] = {}
+    for file in sorted((COMPOSE / "hosts").glob("*.env")):
+        text = file.read_text()
+        settings = dict(re.findall(r"^([A-Z_]+)=(.*)$", text, re.MULTILINE))
+        assert tuple(settings["COMPOSE_FILE"].split(":")) == STACKS["hosts"]
+        for name, value in settings.items():
+            assert f"{name}=" in example, f"{file.name}: there is no {name}"
+            assert not value.startswith("http://")
+        profiles = set(settings["COMPOSE_PROFILES"].split(","))
+        here = {name for name, service in services.items() if profiles & set(service["profiles"])}
+        run_by |= {name: run_by.get(name, set()) | {file.stem} for name in here}
+        # What stands behind "Secrets:" is what has to be brought there, no more and no less.
+        also = {"rewatch"} if file.stem == "doors" else set[str]()
+        needed = {secret for name in here | also for secret in given(name, "hosts")}
+        told = set(re.findall(r"[a-z_.]+", text[text.index("# Secrets:") :])) & {
+            Path(secret["file"]).name for secret in FILES["hosts"]["secrets"].values()
+        }
+        names = {name: Path(secret["file"]).name for name, secret in FILES["hosts"]["secrets"].items()}
+        assert told == {names[name] for name in needed}, file.name
+        # An address that a service here is given is the file's own, or of a service that runs here.
+        for name in here - {"telemetry"}:
+            for variable in ("KAFKA_SERVERS", "CLICKHOUSE_URL", "DETECTOR_URL", "LLM_URL"):
+                if variable in str(unresolved[name]):
+                    assert variable in settings, f"{file.name}: {name} needs {variable}"
+    assert set(topology.PROCESSES) - {"replay"} <= set(run_by)
+    assert {"redpanda", "clickhouse", "migrate", "detector-gpu", "llama-gpu"} <= set(run_by)
+    assert not {name: hosts for name, hosts in run_by.items() if len(hosts) > 1}
+
+
+def test_certificates_are_made_once_for_the_names_that_are_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+
+    def make(*names: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            ["sh", str(COMPOSE / "make-tls.sh"), *names],
+            check=False,
+            capture_output=True,
+            text=True,
+            env={"PATH": os.environ["PATH"], "SECRETS": str(folder)},
+        )
+
+    done = make("redpanda=log.lan", "gateway=192.0.2.7")
+    assert done.returncode == 0, done.stderr
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    named = {Path(secret["file"]).name for name, secret in FILES["secure"]["secrets"].items() if "tls" in name}
+    assert set(first) == named | {"tls_authority_key"}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "tls_authority_key").stat().st_mode & 0o777 == 0o400
+    # What OpenSSL itself says of a chain, a name and a purpose.
+    verify = ["openssl", "verify", "-CAfile", str(folder / "tls_ca"), "-purpose", "sslserver", "-x509_strict"]
+    for server, option, name in (
+        ("redpanda", "-verify_hostname", "log.lan"),
+        ("redpanda", "-verify_hostname", "redpanda"),
+        ("gateway", "-verify_ip", "192.0.2.7"),
+        ("detector", "-verify_ip", "127.0.0.1"),
+    ):
+        subprocess.run([*verify, option, name, str(folder / f"tls_{server}")], check=True, capture_output=True)
+        key = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        key.load_cert_chain(folder / f"tls_{server}", folder / f"tls_{server}_key")
+    wrong = [*verify, "-verify_hostname", "log.lan", str(folder / "tls_clickhouse")]
+    assert subprocess.run(wrong, check=False, capture_output=True).returncode != 0
+    # What is there stays; a name that it lacks is told; what is deleted is made anew, by the same authority.
+    assert make("redpanda=log.lan").returncode == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+    refused = make("redpanda=other.lan")
+    assert refused.returncode == 1
+    assert "tls_redpanda is there, and is not for other.lan: delete it" in refused.stderr
+    assert make("redpander=log.lan").returncode == 2
+    (folder / "tls_gateway").unlink()
+    assert make().stdout == f"made {folder}/tls_gateway\n"
+    assert (folder / "tls_ca").read_bytes() == first["tls_ca"]
+    (folder / "tls_gateway").unlink()
+    (folder / "tls_authority_key").unlink()
+    gone = make()
+    assert gone.returncode == 1
+    assert "tls_authority_key is not here: put it back" in gone.stderr
 
 
 def test_no_secret_can_get_into_an_image() -> None:
@@ -229,7 +421,8 @@ def test_secrets_are_made_once_and_clickhouse_knows_their_digests(tmp_path: Path
     make = ["sh", str(COMPOSE / "make-secrets.sh"), str(tmp_path / "secrets")]
     subprocess.run(make, check=True, capture_output=True)
     first = {path.name: path.read_bytes() for path in (tmp_path / "secrets").iterdir()}
-    assert set(first) == {Path(secret["file"]).name for secret in FILE["secrets"].values()}
+    files = FILES["secure"]["secrets"].values()
+    assert set(first) == {name for file in files if not (name := Path(file["file"]).name).startswith("tls_")}
     assert len(set(first.values())) == len(first)
     assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
     users = ET.fromstring(first["clickhouse_users.xml"])
@@ -246,11 +439,8 @@ def test_clickhouse_gives_each_user_what_it_needs_and_no_default_user_stays() ->
     grants = {user.tag: [query.text for query in user.iter("query")] for user in users}
     assert grants.pop("default") == []
     assert users.find("default[@remove='remove']") is not None
-    assert grants["rewatch_reader"] == ["GRANT SELECT ON rewatch.*"]
-    assert grants["rewatch_writer"] == ["GRANT SELECT, INSERT ON rewatch.*"]
-    given = {environment(name).get("REWATCH_CLICKHOUSE__USER") for name in of_ours()} - {None}
-    assert given == set(grants)
-    # Only the set-up changes tables, and only the sink adds rows.
+    assert {environment(name).get("REWATCH_CLICKHOUSE__USER") for name in of_ours()} - {None} == set(grants)
+    # Only the set-up changes tables, and only the sink adds rows: tests/schemas has what each user is granted.
     assert [n for n in of_ours() if environment(n).get("REWATCH_CLICKHOUSE__USER") == "rewatch_admin"] == ["migrate"]
     assert [n for n in of_ours() if environment(n).get("REWATCH_CLICKHOUSE__USER") == "rewatch_writer"] == ["sink"]
 
@@ -268,7 +458,11 @@ def test_an_image_has_the_very_packages_of_the_product(image: str) -> None:
     left_out = {
         line for line in (IMAGES / f"{image}.without").read_text().splitlines() if line and not line.startswith("#")
     }
-    assert not left_out & {re.split("[=[]", pin)[0] for pin in mine}
+    names = {re.split("[=[]", pin)[0] for pin in mine}
+    assert not left_out & names
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.split("[^a-z0-9.-]", dependency)[0].replace(".", "-") for dependency in project["dependencies"]}
+    assert wanted - left_out <= names, "run `make lock`"
 
 
 def test_no_process_but_a_detector_needs_torch() -> None:

@@ -150,7 +150,10 @@ def test_no_message_repeats_a_secret(text: str) -> None:
 
 
 def test_show_masks_every_secret_and_names_where_each_setting_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    write("kafka:\n  system: home\n  sasl_password: hunter2\n")
+    write(
+        "kafka:\n  system: home\n  bootstrap_servers: kafka:9092\n"
+        "  security_protocol: SASL_SSL\n  sasl_username: me\n  sasl_password: hunter2\n"
+    )
     monkeypatch.setenv("NEMOTRON_API_KEY", "hunter2")
     monkeypatch.setenv("REWATCH_CLICKHOUSE__PASSWORD", "hunter2")
     for output in (invoke("config", "show").output, invoke("config", "show", "--json").output):

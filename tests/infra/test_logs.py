@@ -39,6 +39,13 @@ SECRETS = {
     "RTDETR_API_KEY": "detector-hunter2",
 }
 
+SASL = {
+    "REWATCH_KAFKA__BOOTSTRAP_SERVERS": "127.0.0.1:9",
+    "REWATCH_KAFKA__SECURITY_PROTOCOL": "SASL_PLAINTEXT",
+    "REWATCH_KAFKA__SASL_USERNAME": "me",
+}
+"""What a password of the broker is refused without."""
+
 
 @pytest.fixture(autouse=True)
 def _own_logging() -> Iterator[None]:
@@ -108,8 +115,8 @@ def test_the_format_comes_from_the_environment_by_its_short_name_too(
 
 def test_secrets_are_found_wherever_they_are_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, secret in SECRETS.items():
-        monkeypatch.setenv(name, secret)
+    for name, value in {**SASL, **SECRETS}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv(
         "REWATCH_INGEST__SNAPSHOTS",
         json.dumps({"yard": "http://root:camera-hunter2@10.0.0.9/a.jpg", "open": "http://10.0.0.8/a.jpg"}),
@@ -155,7 +162,7 @@ for style in ("console", "logfmt", "json"):
 def test_no_line_of_any_form_holds_a_secret() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", _LOG_EVERYTHING],
-        env={"PATH": "", **SECRETS},
+        env={"PATH": "", **SASL, **SECRETS},
         capture_output=True,
         text=True,
         check=True,
@@ -197,7 +204,7 @@ def test_an_error_that_nobody_expects_ends_a_process_with_its_traceback_and_with
 ) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", _BREAK, way],
-        env={"PATH": "", "PYTHONPATH": str(Path(__file__).parents[2]), **SECRETS},
+        env={"PATH": "", "PYTHONPATH": str(Path(__file__).parents[2]), **SASL, **SECRETS},
         capture_output=True,
         text=True,
         check=False,

@@ -56,7 +56,7 @@ class _Server(uvicorn.Server):
 async def camera(**config) -> AsyncIterator[Camera]:
     """A camera on a free port of this machine."""
     made = Camera()
-    app = Starlette(routes=[Route("/{path:path}", made.handle)])
+    app = Starlette(routes=[Route("/{path:path}", made.handle, methods=["GET", "POST"])])
     listener = socket.create_server(("127.0.0.1", 0))
     scheme = "https" if "ssl_certfile" in config else "http"
     made.url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"

@@ -44,13 +44,16 @@ async def test_a_cookie_that_was_changed_or_has_ended_opens_nothing(
     await signed_in(keyed)
     good = keyed.cookies["rewatch"]
     keyed.cookies.clear()
-    end, signature = good.split(".")
+    end, scopes, signature = good.split(".")
+    assert scopes == "admin"
     for value in (
-        f"{int(end) + 1}.{signature}",
-        f"{end}.{signature[:-1]}0",
+        f"{int(end) + 1}.{scopes}.{signature}",
+        f"{end}.read.{signature}",
+        f"{end}.{scopes}.{signature[:-1]}{'1' if signature[-1] == '0' else '0'}",
         end,
         f".{signature}",
-        f"{end}.",
+        f"{end}.{scopes}.",
+        f"{end}.{signature}",
         "x.y",
         "é.é",
         "",
@@ -63,7 +66,7 @@ async def test_a_cookie_that_was_changed_or_has_ended_opens_nothing(
     scope = {"type": "http", "scheme": "http", "headers": [(b"cookie", f"rewatch={good}".encode())]}
     for hours, holds in ((11, True), (13, False)):
         sessions = Sessions(GatewaySettings(api_key=KEY), clock=lambda: time.time() + hours * 3600)  # noqa: B023 (called here)
-        assert sessions.holds(scope) == holds
+        assert (sessions.pass_of(scope) is not None) == holds
 
 
 async def test_signing_out_takes_the_cookie_back(keyed: httpx.AsyncClient) -> None:

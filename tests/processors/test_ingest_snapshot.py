@@ -6,6 +6,7 @@ import logging
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
+import httpcore
 import pytest
 import structlog
 from cryptography import x509
@@ -18,6 +19,7 @@ from processors.ingest import fetch
 from processors.ingest.address import AddressError, parse
 from processors.ingest.core import RejectedError
 from processors.ingest.fakes import MemoryCameras, MemoryLog
+from processors.ingest.reach import is_refused
 from processors.ingest.service import Service
 from processors.ingest.settings import IngestSettings, SnapshotSettings
 from processors.ingest.snapshot import LastingError, Snapshots, next_due, pause_after
@@ -272,9 +274,64 @@ async def test_redirects_are_followed_to_the_same_host_only(log, cam, watch):
             with pytest.raises(LastingError, match="redirects to"):
                 await watch(1, hasty=True)
         assert other.asked == []
+        cam.says(RedirectResponse(f"{other.url}/?query=SELECT"))
+        with pytest.raises(LastingError, match="redirects to another port"):
+            await watch(1, hasty=True)
+        assert other.asked == [], "another port of this machine is another service"
     cam.says(RedirectResponse("/round"))
     with pytest.raises(LastingError, match="in a circle"):
         await watch(1, hasty=True)
+
+
+METADATA = (
+    "169.254.169.254",
+    "169.254.0.1",
+    "fd00:ec2::254",
+    "fe80::1",
+    "fe80::1%eth0",
+    "::ffff:169.254.169.254",
+    "64:ff9b::a9fe:a9fe",
+    "2002:a9fe:a9fe::1",
+    "100.100.100.200",
+)
+
+
+@pytest.mark.parametrize("address", METADATA)
+async def test_credentials_of_a_clouds_machine_are_not_asked_for(address: str, monkeypatch) -> None:
+    """Neither by the address nor by a name that leads there; a name is looked up once, where it is connected to."""
+    assert is_refused(address)
+    looked_up, connected = [], []
+
+    async def rebinding(_self, host, port, **_):
+        looked_up.append(host)
+        there = address if len(looked_up) != 2 else "127.0.0.1"  # each time another answer
+        return [(0, 0, 0, "", (there, port))]
+
+    async def connect(_self, host, *_, **__):
+        connected.append(host)
+        raise httpcore.ConnectError("refused")
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", rebinding)
+    monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", connect)
+    given = f"[{address}]" if ":" in address and "%" not in address else "cam.example"
+    pictures = fetch.HttpPictures(parse(f"http://{given}/latest/meta-data"), max_bytes=1000, timeout_s=5)
+    with pytest.raises(fetch.FetchError, match=r"link-local.*which is not asked.*--link-local") as told:
+        await pictures.get()
+    assert (told.value.lasting, connected) == (True, [])
+    with pytest.raises(fetch.FetchError, match="cannot connect"):
+        await pictures.get()
+    assert connected == ["127.0.0.1"], "what is connected to is what was looked at"
+    await pictures.close()
+    allowed = fetch.HttpPictures(parse(f"http://{given}/"), max_bytes=1000, timeout_s=5, link_local=True)
+    with pytest.raises(fetch.FetchError, match="cannot connect"):
+        await allowed.get()
+    assert connected == ["127.0.0.1", address]
+    await allowed.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "192.168.1.20", "10.0.0.1", "fd12::1", "203.0.113.7"])
+def test_cameras_of_a_house_are_asked(address: str) -> None:
+    assert not is_refused(address)
 
 
 async def test_a_certificate_of_its_own_making_is_refused_unless_it_is_allowed(log, tmp_path, caplog):

@@ -67,7 +67,7 @@ def test_a_record_inside_another_is_read_by_the_schema_that_its_frame_names() ->
     [fingerprint] = [one for one, schema in avro_schemas.by_fingerprint(topic).items() if schema == old]
     assert fingerprint != avro_schemas.fingerprint(topic)
     said = {"replay_id": "r1", "name": "n", "state": "done", "plan": "{}", "updated_at": 1}
-    out = io.BytesIO(b"\0" + codec._id_of(fingerprint))
+    out = io.BytesIO(b"\0" + codec._framed(fingerprint))
     out.seek(5)
     fastavro.schemaless_writer(out, old, said)
     assert codec.decode_bytes(topic, out.getvalue(), None, Replay) == Replay(**said)

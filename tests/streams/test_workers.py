@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaConnectionError, OffsetOutOfRangeError
+from aiokafka.errors import KafkaConnectionError, OffsetOutOfRangeError, SaslAuthenticationFailed
 
 from streams.delivery import Ownership
 from streams.kafka import Kafka, KafkaSettings
@@ -123,6 +123,19 @@ async def test_the_report_says_what_the_stage_tells_of_itself_at_the_time(tmp_pa
     reporting = asyncio.create_task(workers.report())
     await asyncio.sleep(0)
     assert json.loads(status.read_text())["detector"] == {"runtime": "torch-cpu"}
+    reporting.cancel()
+    await asyncio.gather(reporting, return_exceptions=True)
+
+
+async def test_the_report_says_that_the_broker_refuses_what_clients_try_again_without_a_word(tmp_path: Path) -> None:
+    stage: Any = Busy(concurrency=1, turns=0)
+    status = tmp_path / "busy.json"
+    kafka = Kafka(KafkaSettings(bootstrap_servers="192.0.2.9:9092"))
+    workers = Workers(kafka, stage, epochs=lambda _: "e", reader=Reading(), status=status)
+    kafka.contact.failed(SaslAuthenticationFailed())
+    reporting = asyncio.create_task(workers.report())
+    await asyncio.sleep(0)
+    assert json.loads(status.read_text())["waiting_on"] == ["broker (refuses the password)"]
     reporting.cancel()
     await asyncio.gather(reporting, return_exceptions=True)
 

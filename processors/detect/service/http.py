@@ -25,7 +25,8 @@ from processors.detect.service.metrics import ServiceMetrics
 from processors.detect.service.pictures import Pictures
 from processors.detect.service.room import Room
 from processors.detect.settings import ServiceSettings
-from streams.doors import check_key, check_sender, refusal, refuse, take_body
+from streams.admission import Guard
+from streams.doors import check, check_sender, refusal, refuse, take_body
 from streams.errors import UnavailableError, UnprocessableError
 from streams.scraping import exposition
 
@@ -50,6 +51,7 @@ class Door:
 
     def __init__(self, settings: ServiceSettings, registry: CollectorRegistry) -> None:
         self._settings = settings
+        self._guard = Guard(settings)
         self._registry = registry
         self._pictures = Pictures(settings)
         self._bodies = Room(settings.bodies_mb * 1_000_000)
@@ -142,13 +144,13 @@ class Door:
         )
 
     async def _scraped(self, request: Request) -> Response:
-        check_key(request, self._settings)
+        check(request, self._guard, "read")
         return exposition(request, self._registry)
 
     @contextlib.contextmanager
     def _admitted(self, request: Request) -> "Iterator[_Hand]":
         """Let a request in, or refuse it by its head alone."""
-        check_sender(request, self._settings, to_pages="pictures sent by web pages are refused here")
+        check_sender(request, self._guard, "upload", to_pages="pictures sent by web pages are refused here")
         if self._ending:
             raise refuse(503, "the detector is stopping", _RETRY_AWAY_S)
         if self.model is None:

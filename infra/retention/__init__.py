@@ -1,0 +1,1 @@
+"""What is deleted and what stays: retention, holds on events, and the collector that obeys both."""
