@@ -22,10 +22,11 @@ help: ## Show the verbs
 demo: .venv/.ready ## Play three cameras through the whole pipeline, show what it found, stop
 	@$(BIN)/rewatch demo
 
+# Files by two at a time, each with servers of its own: most tests wait for something. One test alone: pytest as usual.
 test: .venv/.ready ## Every test, on the real Kafka, ClickHouse engine and llama.cpp server, kills included
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-containers: .venv/.ready ## The compose files in real containers under podman; as root, ten minutes
+test-containers: .venv/.ready ## The compose files linted, started, secured and spread over six hosts under podman; as root, fifteen minutes
 	@TEST_CONTAINERS=1 $(BIN)/python -m pytest tests/containers -s
 
 check: .venv/.ready ## Lint, types, import contracts, schema compatibility
@@ -35,7 +36,7 @@ check: .venv/.ready ## Lint, types, import contracts, schema compatibility
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m schemas.compatibility
 
-bench: .venv/.ready ## Ratios of speed against stated baselines, into bench.json; twelve minutes
+bench: .venv/.ready ## Ratios of speed against stated baselines, into bench.json; fifteen minutes
 	@$(BIN)/python -m tests.bench
 
 bench-gpu: .venv/.ready ## Images a second of full-size detectors on a GPU; says so and ends where there is none

@@ -1,4 +1,4 @@
-"""`make test-containers`: a stack in real containers, so it is no part of `make test` and asks to be named."""
+"""`make test-containers`: stacks in real containers, so it is no part of `make test` and asks to be named."""
 
 import os
 

@@ -5,7 +5,10 @@ import shutil
 import subprocess
 import sys
 import venv
+from functools import cache
 from pathlib import Path
+
+import pytest
 
 from tests.containers.podman import RUN, build, image, run, say
 
@@ -19,7 +22,7 @@ STAND_IN = "localhost/rewatch-test/stand-in:1"
 PROCESSORS = "localhost/rewatch-test/processors:1"
 LLAMA = "localhost/rewatch-test/llama:1"
 
-PACKAGES = "podman runc netavark aardvark-dns iptables debootstrap"
+PACKAGES = "podman runc netavark aardvark-dns iptables iproute2 debootstrap openssl"
 
 # curl and wget are what the health checks of compose.yaml ask with; the wheel of llama.cpp wants libgomp1.
 _IN_BASE = "ca-certificates,curl,libgomp1,python3,python3-venv,wget"
@@ -28,8 +31,9 @@ _IN_BASE = "ca-certificates,curl,libgomp1,python3,python3-venv,wget"
 def lacks() -> str | None:
     """Why the tests cannot run here, and the fix; None where they can."""
     if os.geteuid() != 0:
-        return "podman runs as root here: the tests cut a container's network from outside"
-    missing = [tool for tool in ("podman", "runc", "debootstrap", "iptables", "nsenter") if shutil.which(tool) is None]
+        return "podman runs as root here: the tests make networks, and cut them"
+    tools = ("podman", "runc", "debootstrap", "iptables", "ip", "nsenter", "openssl")
+    missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         return f"there is no {', '.join(missing)}: apt-get install {PACKAGES}"
     return None
@@ -64,8 +68,9 @@ def make_base() -> None:
         )
 
 
+@cache
 def make_images() -> None:
-    """The product's own images from its own files, and what the stand-ins run on."""
+    """The product's own images from its own files, and what the stand-ins run on; once a run."""
     images = TREE / "infra" / "images"
     say("building the image of the processors")
     build(PROCESSORS, images / "rewatch.Dockerfile", TREE, within=1200, target="processors", python_image=BASE)
@@ -101,16 +106,27 @@ def host_environment() -> dict[str, str]:
     }
 
 
-def runs_the_environment() -> str | None:
-    """Why this interpreter does not run in the base image; None where it does."""
+def cannot_run() -> str | None:
+    """Why no container can be run here with a network of its own, or not with this interpreter; None where it can."""
     env = host_environment()
     mounts = [f"-v={env[name]}:{env[name]}:ro" for name in ("TEST_PREFIX", "TEST_BASE_PREFIX")]
-    done = subprocess.run(
-        [*RUN, *mounts, BASE, env["TEST_PYTHON"], "-c", "import ssl, sqlite3"],
-        check=False,
-        capture_output=True,
-        timeout=120,
-    )
-    if done.returncode == 0:
-        return None
-    return f"this Python does not run in a container of Debian 12: {done.stderr.decode(errors='replace')[-500:]}"
+    for what, argv in (
+        ("a container with a network of its own", [*RUN, "--network", "bridge", BASE, "true"]),
+        ("this Python in a container of Debian 12", [*RUN, *mounts, BASE, env["TEST_PYTHON"], "-c", "import ssl"]),
+    ):
+        done = subprocess.run(argv, check=False, capture_output=True, timeout=120)
+        if done.returncode != 0:
+            return f"this machine does not run {what}: {done.stderr.decode(errors='replace')[-500:]}"
+    return None
+
+
+def ready() -> None:
+    """Make what the tests run on; where the machine cannot, skip with a line that says why."""
+    why = lacks()
+    if why is None:
+        make_base()
+        why = cannot_run()
+    if why is not None:
+        say(f"containers are not tested here: {why}")
+        pytest.skip(why)
+    make_images()

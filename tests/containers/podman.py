@@ -83,46 +83,58 @@ def build(name: str, dockerfile: Path, context: Path, *, within: float, target: 
 class Compose:
     """One project of podman-compose."""
 
-    def __init__(self, command: Path, project: str, files: Sequence[Path], environment: Mapping[str, str]) -> None:
-        """`command`: podman-compose; `environment`: what the files' variables are."""
+    def __init__(
+        self,
+        command: Path,
+        project: str,
+        files: Sequence[Path],
+        environment: Mapping[str, str],
+        *,
+        inside: Sequence[str] = (),
+    ) -> None:
+        """`command`: podman-compose; `environment`: the files' variables; `inside`: runs a command on another host."""
         self.project = project
         self.environment = dict(environment)
-        self._argv = [str(command), "--podman-args=--runtime runc", "-p", project]
+        self._inside = tuple(inside)
+        self._argv = [*inside, str(command), "--podman-args=--runtime runc", "-p", project]
         self._argv += [part for file in files for part in ("-f", str(file))]
 
     def __call__(self, *arguments: str, within: float) -> str:
         """Run one of its commands."""
         return run([*self._argv, *arguments], within=within, environment=self.environment)
 
+    def podman(self, *arguments: str, within: float, codes: Sequence[int] = (0,)) -> str:
+        """Run podman where the project is."""
+        return run([*self._inside, "podman", *arguments], within=within, codes=codes)
+
     def names(self, service: str = "") -> list[str]:
         """Its containers, or those of one service."""
         filters = ["--filter", f"label=io.podman.compose.project={self.project}"]
         filters += ["--filter", f"label=com.docker.compose.service={service}"] if service else []
-        return sorted(run(["podman", "ps", "-a", *filters, "--format", "{{.Names}}"], within=60).split())
+        return sorted(self.podman("ps", "-a", *filters, "--format", "{{.Names}}", within=60).split())
 
     def clear(self) -> None:
         """Remove all of it: podman-compose's own `down` leaves containers that `--scale` made."""
         label = f"label=io.podman.compose.project={self.project}"
         for kind, remove in (("ps", ("rm", "-f", "-t", "2")), ("volume", ("volume", "rm", "-f")), ("network", ())):
-            listing = ["podman", "ps", "-aq"] if kind == "ps" else ["podman", kind, "ls", "-q"]
-            found = run([*listing, "--filter", label], within=60).split()
+            listing = ["ps", "-aq"] if kind == "ps" else [kind, "ls", "-q"]
+            found = self.podman(*listing, "--filter", label, within=60).split()
             if found:
-                run(["podman", *(remove or ("network", "rm", "-f")), *found], within=120)
+                self.podman(*(remove or ("network", "rm", "-f")), *found, within=120)
 
     def inspect(self, name: str) -> dict[str, Any]:
         """What podman knows of a container."""
-        found: list[dict[str, Any]] = json.loads(run(["podman", "inspect", name], within=60))
+        found: list[dict[str, Any]] = json.loads(self.podman("inspect", name, within=60))
         return found[0]
 
     def exec(self, service: str, *argv: str, within: float, codes: Sequence[int] = (0,)) -> str:
         """Run a command in the first container of a service."""
-        name = self.names(service)[0]
-        return run(["podman", "exec", name, *argv], within=within, codes=codes)
+        return self.podman("exec", self.names(service)[0], *argv, within=within, codes=codes)
 
     def logs(self, name: str, lines: int = 15) -> str:
         """The last lines of a container."""
         done = subprocess.run(
-            ["podman", "logs", "--tail", str(lines), name], check=False, capture_output=True, timeout=60
+            [*self._inside, "podman", "logs", "--tail", str(lines), name], check=False, capture_output=True, timeout=60
         )
         return (done.stdout + done.stderr).decode(errors="replace")
 
@@ -130,7 +142,7 @@ class Compose:
         """Whether the container's own health check says so now. Without systemd nobody else runs it."""
         return (
             subprocess.run(
-                ["podman", "healthcheck", "run", name], check=False, capture_output=True, timeout=60
+                [*self._inside, "podman", "healthcheck", "run", name], check=False, capture_output=True, timeout=60
             ).returncode
             == 0
         )

@@ -1,6 +1,6 @@
-// Loads a compose file as Docker Compose does, for each set of profiles, and lists the services that would run:
+// Loads compose files as Docker Compose does, for each set of profiles, and lists the services that would run:
 //
-//	loader FILE cpu gpu,grafana
+//	loader FILE,FILE cpu gpu,grafana
 package main
 
 import (
@@ -15,7 +15,7 @@ import (
 func main() {
 	for _, profiles := range os.Args[2:] {
 		options, err := cli.NewProjectOptions(
-			[]string{os.Args[1]},
+			strings.Split(os.Args[1], ","),
 			cli.WithInterpolation(true),
 			cli.WithProfiles(strings.Split(profiles, ",")),
 		)
