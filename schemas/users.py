@@ -35,6 +35,28 @@ class User(NamedTuple):
 
 GIB = 1024**3
 
+WRITTEN = (
+    "log",
+    "sink_progress",
+    "frames",
+    "detections",
+    "batches",
+    "contexts",
+    "risk_events",
+    "labels",
+    "alerts",
+    "prompts",
+    "cameras",
+    "replays",
+    "replay_units",
+    "replay_events",
+    "gpu_metrics",
+    "dead_letters",
+    "dead_letter_status",
+    "holds",
+)
+"""Tables that the sink fills. Those of `gc` are not among them: what is marked there, `gc` deletes."""
+
 USERS: tuple[User, ...] = (
     User(
         "admin",
@@ -54,7 +76,7 @@ USERS: tuple[User, ...] = (
     User(
         "writer",
         "the sink: adds rows. Where it has come to stands on the log, so it reads none",
-        ("INSERT ON {database}.*",),
+        tuple(f"INSERT ON {{database}}.{table}" for table in WRITTEN),
     ),
     User(
         "reader",

@@ -1,13 +1,15 @@
-"""Making a backup while everything goes on: history first, for it is long; then a moment of the log; images; manifest.
+"""Making a backup while everything goes on: history first, for it is long; then a moment of the log; then the rest.
 
 History is copied from ClickHouse up to where the sink stands, in packs that never change: a later backup into the same
 place begins where this one ended, and so does one that was killed. What the sink has not taken yet is read from the
-broker, each time anew, and is small.
+broker, each time anew, and is small. What retention took is asked when all history is read: so whatever was gone when
+its turn came is told of.
 """
 
 import asyncio
+import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -17,10 +19,11 @@ from aiokafka import TopicPartition
 
 from infra.backup import manifest as manifests
 from infra.backup.cut import TornError, belongs, check, read_as
-from infra.backup.history import FIRST_MS, History, Life
+from infra.backup.history import History, Life
 from infra.backup.looking import Seen, beyond, partitions, quiet_ends, see
 from infra.backup.manifest import Manifest, ManifestError
 from infra.backup.packs import Kept, Pack, Packer, claims_of
+from infra.backup.passes import Pass, write_marks
 from infra.backup.target import Target
 from infra.config import Settings
 from processors.ingest.core import Memory
@@ -62,13 +65,12 @@ class Done(NamedTuple):
     """Bytes that it wrote, images included."""
 
 
-async def backup(settings: Settings, target: Target, since: int | None, told: OnProgress = lambda *_: None) -> Done:
+async def backup(settings: Settings, target: Target, told: OnProgress = lambda *_: None) -> Done:
     """Bring the backup in the directory up to now; begin one where there is none.
 
     Args:
         settings: where everything is.
         target: the directory.
-        since: only what ClickHouse took from then on, ms since the Unix epoch; what is begun goes on as it began.
         told: is given the progress.
 
     Raises:
@@ -80,19 +82,18 @@ async def backup(settings: Settings, target: Target, since: int | None, told: On
     """
     lock = target.lock()
     try:
-        return await _Backup(settings, target, since, told).run()
+        return await _Backup(settings, target, told).run()
     finally:
         if lock is not None:
             lock.release()
 
 
 class _Backup:
-    def __init__(self, settings: Settings, target: Target, since: int | None, told: OnProgress) -> None:
+    def __init__(self, settings: Settings, target: Target, told: OnProgress) -> None:
         self._kafka = Kafka(settings.kafka)
         self._history = History(settings.clickhouse)
         self._images = ClaimStore(settings.images_root)
         self._target = target
-        self._since = since
         self._told = told
         self._before = _previous(target)
         self._packs = [*(self._before.history if self._before is not None else ())]
@@ -103,33 +104,36 @@ class _Backup:
             self._target.sweep()
             self._continues()
             old = len(self._packs)
-            self._packs += _unfinished(self._target, self._packs)
-            for pack in self._packs:
-                for part in pack.parts:
-                    self._reached[part.life] = max(self._reached.get(part.life, -1), part.hi)
-            await self._copy_history(await see(self._kafka))
+            for part in (part for pack in self._packs for part in pack.parts):
+                self._reached[part.life] = max(self._reached.get(part.life, -1), part.hi)
+            unfinished = _unfinished(self._target, self._packs)
+            seen = await see(self._kafka)
+            await self._refuse_others(seen, unfinished)
+            self._adopt(unfinished)
+            await self._copy_history(seen)
             seen, starts, tail, notes = await self._moment()
+            passes, marked = await self._copy_passes()
             new = [*self._packs[old:], *tail]
             images, copied, missing = await self._copy_images(new, tail)
             manifest = Manifest(
                 made_at=int(time.time() * 1000),
                 version=version("rewatch"),
                 partitions=self._kafka.settings.partitions,
-                since=self._since,
                 topics=tuple(seen.look.metas.values()),
                 starts=_nested(starts),
                 positions={stage: _nested(at) for stage, at in seen.look.positions.items()},
                 history=tuple(self._packs),
                 tail=tuple(tail),
+                passes=tuple(passes),
                 images=images,
                 missing=tuple(sorted(missing)),
                 notes=tuple(notes),
             )
-            manifests.write(self._target, manifest)
+            manifest = manifests.write(self._target, manifest)
             self._forget_tail(manifest)
         finally:
             await self._history.close()
-        written = sum(pack.size for pack in new)
+        written = marked + sum(pack.size for pack in new)
         return Done(manifest, sum(pack.records for pack in new), copied[0], written + copied[1])
 
     def _continues(self) -> None:
@@ -137,21 +141,52 @@ class _Backup:
         before = self._before
         if before is None:
             return
-        began = FIRST_MS if before.since is None else before.since
-        if self._since is not None and self._since < began:
-            raise DivergedError(
-                f"{self._target.root} has nothing of before {began} (ms since 1970), and what lies before what it has "
-                "cannot be added: give another directory, or no --since"
-            )
-        self._since = before.since  # whatever came since its last moment is added
         if before.partitions != self._kafka.settings.partitions:
             raise DivergedError(
                 f"{self._target.root} is of an installation with {before.partitions} partitions (kafka.partitions)"
             )
 
+    async def _refuse_others(self, seen: Seen, unfinished: Iterable[Pack]) -> None:
+        """Refuse a directory that has nothing of this installation, or a pack that is none of it.
+
+        Epochs are random: two that have one in common have a past in common.
+        """
+        ours = {life[:2] for life in await self._history.lives()}
+        ours |= {(meta.topic, meta.epoch) for meta in seen.look.metas.values()}
+        theirs = [{part.life[:2] for part in pack.parts} for pack in unfinished]
+        if self._before is not None:
+            parts = (part for pack in self._before.history for part in pack.parts)
+            theirs.append({part.life[:2] for part in parts} | {(one.topic, one.epoch) for one in self._before.topics})
+        if any(lives and not lives & ours for lives in theirs):
+            raise DivergedError(f"{self._target.root} is of another installation: give another directory")
+
+    def _adopt(self, unfinished: Sequence[Pack]) -> None:
+        """Go on behind packs that a killed backup wrote: all of them, or none where they do not follow what is there.
+
+        Where two wrote at a time, what one left may overlap; to take some of it would leave a hole behind.
+        """
+        todo, taken, reached = [*unfinished], [], dict(self._reached)
+        while todo:
+            firsts: dict[Life, int] = {}
+            for part in (part for pack in todo for part in pack.parts):
+                firsts[part.life] = min(firsts.get(part.life, part.lo), part.lo)
+            turn = next((pack for pack in todo if _leads(pack, firsts)), None)
+            if turn is None:
+                break
+            for part in turn.parts:
+                if part.lo <= reached.get(part.life, -1):
+                    log.info("not taken over: it does not follow what the backup has", pack=turn.name)
+                    return
+                reached[part.life] = part.hi
+            todo.remove(turn)
+            taken.append(turn)
+        if not todo:
+            self._packs += taken
+            self._reached = reached
+
     async def _copy_history(self, seen: Seen) -> None:
         """What ClickHouse has below the sink's positions and this backup has not yet."""
-        lives = await self._history.lives(self._since)
+        lives = await self._history.lives()
         starts = await self._starts(seen)
         todo: dict[Life, tuple[int, int]] = {}
         for life in sorted(lives):
@@ -165,11 +200,11 @@ class _Backup:
                     f"{self._target.root} holds {life[0]}-{life[2]} up to offset {reached}, and this installation has "
                     "not come so far: it was restored from an older state; give another directory"
                 )
-        total = sum([await self._history.count(life, *span, self._since) for life, span in todo.items()])
+        total = sum([await self._history.count(life, *span) for life, span in todo.items()])
         done = 0
         packer = Packer(self._target, "history")
         for life, (after, upto) in todo.items():
-            async for page in self._history.pages(life, after, upto, self._since):
+            async for page in self._history.pages(life, after, upto):
                 packer.add(page, _claims(page))
                 done += len(page)
                 self._told("history", done, total)
@@ -227,7 +262,7 @@ class _Backup:
         starts = await self._starts(seen)
         since = {tp: max(start, seen.look.positions["sink"].get(tp, start)) for tp, start in starts.items()}
         memories = _Memories(seen)
-        packer = Packer(self._target, "tail")
+        packer = Packer(self._target, f"tail/{secrets.token_hex(8)}")  # nobody else names it, so nobody removes it
         total, done = sum(max(0, ends[tp] - since[tp]) for tp in ends), 0
         async for page in beyond(self._kafka, seen.look, since, ends):
             kept = []
@@ -245,6 +280,22 @@ class _Backup:
             packer.add([state])
         packer.flush()
         return starts, packer.packs, notes
+
+    async def _copy_passes(self) -> tuple[list[Pass], int]:
+        """What retention has taken until now, and how many bytes of it are new."""
+        known = {one.name: one for one in (self._before.passes if self._before is not None else ())}
+        found: list[Pass] = []
+        size = 0
+        for row in await self._history.passes():
+            was = known.get(row["name"])
+            if was is None:
+                marks = await self._history.marks(row["name"])
+                file = write_marks(self._target, row["name"], marks)
+                size += file[2]
+            else:
+                file = was.file, was.sha256, was.size
+            found.append(Pass(**row, file=file[0], sha256=file[1], size=file[2]))
+        return found, size
 
     async def _copy_images(self, new: Iterable[Pack], tail: Iterable[Pack]) -> tuple[int, tuple[int, int], set[str]]:
         """How many images are claimed; how many were copied, and their bytes; those that are nowhere."""
@@ -276,11 +327,15 @@ class _Backup:
         return len(claimed), (count, size), missing
 
     def _forget_tail(self, manifest: Manifest) -> None:
-        """The broker's part of earlier backups: the manifest names another now."""
-        stems = {pack.name.removesuffix(".pack") for pack in manifest.tail}
-        for name in list(self._target.names("tail")):
-            if name.rsplit(".", 1)[0] not in stems:
-                self._target.remove(name)
+        """The broker's part of the backup before this: the manifest names another now.
+
+        Nothing else: on an object store another backup may be writing.
+        """
+        named = {pack.name for pack in manifest.tail}
+        for pack in self._before.tail if self._before is not None else ():
+            if pack.name not in named:
+                for name in (pack.name, pack.claims, f"{pack.name.removesuffix('.pack')}.json"):
+                    self._target.remove(name)
 
 
 class _Memories:
@@ -375,6 +430,14 @@ def _unfinished(target: Target, known: Iterable[Pack]) -> list[Pack]:
             if pack.name not in names:
                 found.append(pack)
     return found
+
+
+def _leads(pack: Pack, firsts: Mapping[Life, int]) -> bool:
+    """Whether each partition of the pack begins with it, `firsts` being where they begin."""
+    lows: dict[Life, int] = {}
+    for part in pack.parts:
+        lows[part.life] = min(lows.get(part.life, part.lo), part.lo)
+    return all(low == firsts[life] for life, low in lows.items())
 
 
 async def _all(work: Iterable[Awaitable[None]]) -> None:

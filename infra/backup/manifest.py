@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from infra.backup.packs import Pack
+from infra.backup.passes import Pass
 from infra.backup.target import Target
 from schemas.records import TopicMeta
 
@@ -28,8 +29,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Of the product that made it."""
     partitions: int
     """Of each data topic."""
-    since: int | None
-    """Only what ClickHouse took from then on, ms; None: everything."""
     topics: tuple[TopicMeta, ...]
     """Their lives at that moment."""
     starts: dict[str, dict[int, int]]
@@ -40,6 +39,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What ClickHouse had: records below the sink's positions. Later backups into the same place add to it."""
     tail: tuple[Pack, ...]
     """What the sink had not taken yet, and the state that stages keep on the log."""
+    passes: tuple[Pass, ...]
+    """What retention had taken, the first pass first; of that, packs of earlier backups may hold records."""
     images: int
     """How many images its records claim."""
     missing: tuple[str, ...]
@@ -53,7 +54,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def files(self) -> dict[str, str]:
         """SHA-256 by name, of every file but images, which have it for a name."""
         packs = (*self.history, *self.tail)
-        return {pack.name: pack.sha256 for pack in packs} | {pack.claims: pack.claims_sha256 for pack in packs}
+        files = {pack.name: pack.sha256 for pack in packs} | {pack.claims: pack.claims_sha256 for pack in packs}
+        return files | {one.file: one.sha256 for one in self.passes}
 
     @property
     def records(self) -> int:
@@ -61,10 +63,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return sum(pack.records for pack in (*self.history, *self.tail))
 
 
-def write(target: Target, manifest: Manifest) -> None:
-    """Put it in place of the last one."""
+def write(target: Target, manifest: Manifest) -> Manifest:
+    """Put it in place of the last one; what was written, with its digest."""
     whole = msgspec.structs.replace(manifest, digest=_digest(manifest))
     target.put(NAME, msgspec.json.format(msgspec.json.encode(whole), indent=1))
+    return whole
 
 
 def read(target: Target) -> Manifest:

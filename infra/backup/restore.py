@@ -1,23 +1,38 @@
 """An installation made again from a backup, in servers that hold nothing: ClickHouse, images, and last the log.
 
 ClickHouse gets its `log` back row by row, and the typed tables as the sink makes them. The topics get their lives back
-before they are made, their records the offsets that they had, and the stages their positions, the sink's last: so a
-restore that was killed is told from an installation, and can be run again.
+before they are made, their records the offsets that they had, and the stages their positions, the sink's last.
+
+A restore that was killed can be run again. It is known by a mark that it makes before anything else, and takes away
+last: an empty topic whose name tells which backup goes where. Without it whatever is there is somebody's, and stays.
+
+What retention had taken by the backup's moment stays taken, also where an earlier backup into the same place has it.
 """
 
 import asyncio
+import hashlib
+import re
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import structlog
 from aiokafka import TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import (
+    GroupCoordinatorNotAvailableError,
+    GroupLoadInProgressError,
+    KafkaError,
+    TopicAlreadyExistsError,
+    for_code,
+)
 from aiokafka.structs import OffsetAndMetadata
 
 from infra.backup.cut import LAST_FIRST
 from infra.backup.manifest import Manifest, image_name
 from infra.backup.packs import Kept, Pack, Part, claims_of, read_part
+from infra.backup.passes import read_marks
 from infra.backup.refill import Refill, runs
 from infra.backup.target import Target
 from infra.config import Settings
@@ -53,7 +68,24 @@ _SIDE_BY_SIDE = 8
 _GONE_S = 60.0
 """A broker takes a moment to forget a topic."""
 
-_LIVES = "SELECT DISTINCT toString(topic) AS topic, toString(epoch) AS epoch FROM log"
+_MARK = "rewatch-restoring-"
+"""How the names of marks begin."""
+
+_LIVES = "SELECT DISTINCT toString(topic) AS topic, toString(epoch) AS epoch FROM {}.log"
+
+_MARKS = 100_000
+"""Marks of one insert: 20 MB while they are packed."""
+
+_FORGOTTEN = """
+    SELECT DISTINCT offset FROM forgotten
+    WHERE topic = {topic:String} AND epoch = {epoch:String} AND partition = {partition:Int32}
+    AND offset BETWEEN {lo:Int64} AND {hi:Int64}
+    AND pass IN (SELECT pass FROM gc_passes FINAL WHERE state IN ('deleting', 'done'))
+"""
+
+_CLAIM = re.compile(rb"sha256:([0-9a-f]{64})")
+_CLAIMING = ("frames", "dead_letters")
+"""Topics whose records claim images, by bytes that can be found in them: a dead letter may hold a frame."""
 
 OnProgress = Callable[[str, int, int], None]
 Place = tuple[Pack, Part]
@@ -67,7 +99,7 @@ class Done(NamedTuple):
     """What a restore did."""
 
     rows: int
-    """Records in ClickHouse's `log`."""
+    """Records in ClickHouse's `log`; what retention had taken is not put back."""
     undecodable: int
     """Those among them that have no typed row."""
     images: int
@@ -101,72 +133,130 @@ class _Restore:
         self._manifest = manifest
         self._told = told
         self._metas = {meta.topic: meta for meta in manifest.topics}
+        database = settings.clickhouse.database
+        self._mark = _MARK + hashlib.sha256(f"{manifest.digest} {database}".encode()).hexdigest()[:32]
+        self._left_out: set[str] = set()
+        """Images, by SHA-256, that records name which were not put back."""
+        self._named: set[str] = set()
+        """Those that records name which were."""
 
     async def run(self) -> Done:
         began = time.monotonic()
         try:
+            await self._refuse()
+            await self._begin()
             await self._store.migrate()
-            begun = await self._refuse()
+            await self._passes()
             rows, undecodable = await self._tables()
             images = await self._images()
-            if begun:
+            if await self._refuse_broker():  # again: it was long, and somebody may have come
                 await self._forget_topics()
             await self._topics()
             kept, ends = await self._refill()
             await self._remember()
             todo = await self._positions(kept, ends)
+            await self._settle()
         finally:
             await self._store.close()
         return Done(rows, undecodable, images, sum(map(len, kept.values())), todo, time.monotonic() - began)
 
-    async def _refuse(self) -> bool:
-        """Refuse whatever this backup did not put there; whether topics are there, empty or half filled."""
+    async def _refuse(self) -> None:
+        """Refuse whatever this backup did not put there; nothing is changed here."""
         manifest, kafka = self._manifest, self._kafka
         if manifest.partitions != kafka.settings.partitions:
             raise NotEmptyError(
                 f"the backup has {manifest.partitions} partitions, kafka.partitions says {kafka.settings.partitions}: "
                 f"set it to {manifest.partitions} (REWATCH_KAFKA__PARTITIONS), for it decides where a camera lives"
             )
-        with self._store.connection.naming():
-            client = await self._store.connection.client()
-            lives = {(str(topic), str(epoch)) for topic, epoch in (await client.query(_LIVES)).result_rows}
         newer = {part.topic for pack in (*manifest.history, *manifest.tail) for part in pack.parts} - TOPICS.keys()
         if newer:
             raise NotEmptyError(
                 f"the backup has topics that this version does not know ({', '.join(newer)}): use a newer one"
             )
+        await self._refuse_broker()
+        async with kafka.admin() as admin:
+            half = self._mark in await admin.list_topics()
         ours = {(part.topic, part.epoch) for pack in manifest.history for part in pack.parts}
-        if lives - ours:
+        lives = await self._lives()
+        alien = lives - ours if half else lives
+        if alien:
             raise NotEmptyError(
-                f"ClickHouse at {self._settings.clickhouse.url} (clickhouse.url) has records that are not of this "
-                f"backup, of {', '.join(sorted({topic for topic, _ in lives - ours}))}: restore into an empty one, "
+                f"ClickHouse at {self._settings.clickhouse.url} (clickhouse.url) has records already, "
+                f"of {', '.join(sorted({topic for topic, _ in alien}))}: restore into an empty one, "
                 "or name another database (clickhouse.database)"
             )
-        async with kafka.admin() as admin:
-            names = [name for name in await admin.list_topics() if name in TOPICS]
-            taken = [stage for stage in READS if await _committed(admin, kafka.group(stage))]
-            at_work = [stage for stage in READS if await _members(admin, kafka.group(stage))]
-        if at_work:
-            raise NotEmptyError(f"{', '.join(at_work)} runs: stop every stage, then restore")
+
+    async def _lives(self) -> set[tuple[str, str]]:
+        """The lives of topics of which ClickHouse has anything; it need not be migrated."""
+        database = self._settings.clickhouse.database
+        with self._store.connection.naming():
+            client = await self._store.connection.open("")
+            try:
+                if not int(str(await client.command(f"EXISTS TABLE {database}.log"))):
+                    return set()
+                rows = (await client.query(_LIVES.format(database))).result_rows
+            finally:
+                await client.close()
+        return {(str(topic), str(epoch)) for topic, epoch in rows}
+
+    async def _refuse_broker(self) -> bool:
+        """Refuse a broker that is somebody's; whether topics are there, empty or half filled by a restore of this."""
+        kafka = self._kafka
         where = f"the broker at {kafka.settings.bootstrap_servers} (kafka.bootstrap_servers)"
-        if names and any(manifest.positions.values()) and {s for s, at in manifest.positions.items() if at} <= {*taken}:
-            raise NotEmptyError(f"{where} has an installation already: restore into an empty one")
-        if names:
-            await self._refuse_records(where, names)
+        async with kafka.admin() as admin:
+            listed = await admin.list_topics()
+            names = [name for name in listed if name in TOPICS]
+            metas = await read_meta(kafka) if "meta" in names else {}
+            epochs = {name: metas[name].epoch for name in names if name in metas}
+            at_work: list[str] = []
+            positioned: list[str] = []
+            for group in await _groups(admin, [kafka.group(stage) for stage in READS]):
+                reads = await _reads(admin, group, epochs)
+                positioned += [group] if reads else []
+                at_work += [group] if (reads or _stage(group)) and await _members(admin, group) else []
+            found = await admin.describe_topics(names) if names else []
+        if at_work:
+            raise NotEmptyError(f"{', '.join(at_work)} runs on {where}: stop every stage, then restore")
+        taken = {group for group in positioned if _stage(group)}
+        wanted = {kafka.group(stage) for stage, at in self._manifest.positions.items() if at}
+        half = self._mark in listed
+        if taken and not (half and taken < wanted):
+            raise NotEmptyError(
+                f"{where} has an installation already ({', '.join(sorted(taken))} have positions): restore into an "
+                "empty one"
+            )
+        same = epochs and all(epochs[meta.topic] == meta.epoch for meta in self._metas.values() if meta.topic in epochs)
+        if not (half and same):
+            others = any(name.startswith(_MARK) and name != self._mark for name in listed)
+            partitions = {one["topic"]: len(one["partitions"]) for one in found}
+            await self._refuse_records(where, partitions, begun_by_another=others)
         return bool(names)
 
-    async def _refuse_records(self, where: str, names: Sequence[str]) -> None:
-        """Topics may be there, as `rewatch migrate` makes them, or as a restore of this backup left them."""
-        metas = await read_meta(self._kafka) if "meta" in names else {}
-        half = all(metas[name].epoch == meta.epoch for name, meta in self._metas.items() if name in metas)
-        if metas and half:
-            return
-        there = [name for name in names if name in STORED and name in metas]
-        tps = [TopicPartition(name, part) for name in there for part in range(metas[name].partitions)]
-        for tp, (start, end) in (await self._kafka.bounds(tps)).items():
-            if start == end or (tp.topic == "prompts" and await self._is_default(tp)):
+    async def _refuse_records(self, where: str, partitions: Mapping[str, int], *, begun_by_another: bool) -> None:
+        """Topics may be there as `rewatch migrate` makes them: nothing was ever appended but its prompt."""
+        tps = [TopicPartition(name, part) for name, n in partitions.items() for part in range(n) if name != "meta"]
+        for tp, (_, end) in (await self._kafka.bounds(tps)).items() if tps else ():
+            if not end or (tp.topic == "prompts" and await self._is_default(tp)):
                 continue
-            raise NotEmptyError(f"{where} has records on {tp.topic} already: restore into an empty one")
+            why = "; a restore was begun there, of another backup or with another database" if begun_by_another else ""
+            raise NotEmptyError(f"{where} has records on {tp.topic} already{why}: restore into an empty one")
+
+    async def _begin(self) -> None:
+        """Set the mark: from here on what is there is this restore's."""
+        async with self._kafka.admin() as admin:
+            response = await admin.create_topics([NewTopic(self._mark, 1, self._kafka.settings.replication_factor)])
+            for name, code, *_ in response.topic_errors:
+                error = for_code(code)
+                if code and error is not TopicAlreadyExistsError:
+                    raise KafkaError(f"cannot create topic {name}: {error.__name__}")
+            async with asyncio.timeout(_GONE_S):
+                while self._mark not in await admin.list_topics():  # noqa: ASYNC110 (the broker tells nobody)
+                    await asyncio.sleep(0.2)
+
+    async def _settle(self) -> None:
+        """Take the mark away, and those of restores that were given up: from here on it is an installation."""
+        async with self._kafka.admin() as admin:
+            await _delete(admin, [name for name in await admin.list_topics() if name.startswith(_MARK)])
 
     async def _is_default(self, tp: TopicPartition) -> bool:
         """Whether nothing is there but the prompt version that comes with the product."""
@@ -176,18 +266,58 @@ class _Restore:
                 return False
         return True
 
+    async def _passes(self) -> None:
+        """What retention had taken: the marks, and then the passes that made them, by which marks count."""
+        for one in self._manifest.passes:
+            token = f"restore:{self._manifest.made_at}:{one.name}"
+            for number, marks in enumerate(read_marks(self._target, one)):
+                upto = self._upto(marks.topic, marks.epoch, marks.partition)
+                offsets = [offset for offset in marks.offsets if offset < upto]
+                for at in range(0, len(offsets), _MARKS):
+                    some = offsets[at : at + _MARKS]
+                    same = {"topic": marks.topic, "epoch": marks.epoch, "partition": marks.partition}
+                    same |= {"pass": one.name, "why": marks.why, "marked_at": marks.marked_at}
+                    columns = {name: [value] * len(some) for name, value in same.items()} | {"offset": some}
+                    await self._store.insert(Block("forgotten", columns), f"{token}:{number}:{at}")
+            row = {"pass": one.name, "owner": one.owner, "started_at": one.started_at, "state": one.state}
+            row |= {"records": one.records, "images": one.images, "at": one.at}
+            await self._store.insert(Block("gc_passes", {name: [value] for name, value in row.items()}), token)
+
+    def _upto(self, topic: str, epoch: str, partition: int) -> int:
+        """Where the history of a partition ends. Offsets beyond are given anew, to records that nobody has marked."""
+        meta = self._metas.get(topic)
+        if meta is None or meta.epoch != epoch:
+            return sys.maxsize
+        start = self._manifest.starts.get(topic, {}).get(partition, 0)
+        return self._manifest.positions.get("sink", {}).get(topic, {}).get(partition, start)
+
+    async def _forgotten(self, part: Part) -> set[int]:
+        """The offsets of a part's records that retention had taken."""
+        if not self._manifest.passes:
+            return set()
+        where = {"topic": part.topic, "epoch": part.epoch, "partition": part.partition, "lo": part.lo, "hi": part.hi}
+        with self._store.connection.naming():
+            client = await self._store.connection.client()
+            return {offset for (offset,) in (await client.query(_FORGOTTEN, where)).result_rows}
+
     async def _tables(self) -> tuple[int, int]:
-        """Every record of the history into `log`, and its row as the sink makes it."""
+        """Every record of the history into `log`, and its row as the sink makes it, but for what retention took."""
         stage = SinkStage(self._store)
-        total, rows, undecodable = sum(pack.records for pack in self._manifest.history), 0, 0
+        total, done, rows, undecodable = sum(pack.records for pack in self._manifest.history), 0, 0, 0
         for pack, part in _in_order(self._manifest.history):
             kept = read_part(self._target, pack, part)
-            undecodable += await self._rows(stage, part, kept)
-            rows += len(kept)
-            self._told("ClickHouse", rows, total)
+            offsets = await self._forgotten(part)
+            gone = [one for one in kept if one.record.offset in offsets]
+            here = [one for one in kept if one.record.offset not in offsets]
+            if self._manifest.passes:
+                self._left_out |= _images_in(gone)
+                self._named |= _images_in(here)
+            undecodable += await self._rows(stage, part, here, gone)
+            rows, done = rows + len(here), done + len(kept)
+            self._told("ClickHouse", done, total)
         return rows, undecodable
 
-    async def _rows(self, stage: SinkStage, part: Part, kept: Sequence[Kept]) -> int:
+    async def _rows(self, stage: SinkStage, part: Part, kept: Sequence[Kept], gone: Sequence[Kept]) -> int:
         """One part; how many of its records have no row. The same rows each time it is tried, under the same tokens."""
         records = [one.record for one in kept]
         span = Range(part.topic, part.epoch, part.partition, part.lo, part.hi)
@@ -203,16 +333,27 @@ class _Restore:
         rows = core.log_rows(records, errors, made.log.columns["tick"])
         rows = Block("log", rows.columns | {"inserted_at": list(taken.values())})
         await self._store.insert(rows, f"{token}:{span.token('log')}")
-        ticks, bad = sum(made.log.columns["tick"]), sum(map(bool, errors))
-        progress = core.progress_row(span, rows=len(records), ticks=ticks, undecodable=bad)
-        progress = Block(progress.table, progress.columns | {"inserted_at": [max(taken.values())]})
+        # The sink brought them all, those too that retention took since.
+        bad = sum(map(bool, errors))
+        progress = core.progress_row(
+            span,
+            rows=len(kept) + len(gone),
+            ticks=sum(one.tick for one in (*kept, *gone)),
+            undecodable=bad + sum(bool(one.decode_error) for one in gone),
+        )
+        last = max(one.inserted_at or self._manifest.made_at for one in (*kept, *gone))
+        progress = Block(progress.table, progress.columns | {"inserted_at": [last]})
         await self._store.insert(progress, f"{token}:{span.token('sink_progress')}")
         return bad
 
     async def _images(self) -> int:
-        """Every image that the backup has, into the image store."""
+        """Every image that the backup has, into the image store, but for those that only what is left out claims."""
         packs = (*self._manifest.history, *self._manifest.tail)
-        todo = sorted({claim for pack in packs for claim in claims_of(self._target, pack)} - {*self._manifest.missing})
+        there = {claim for pack in packs for claim in claims_of(self._target, pack)} - {*self._manifest.missing}
+        for pack in self._manifest.tail if self._left_out else ():
+            for part in pack.parts:
+                self._named |= _images_in(read_part(self._target, pack, part))
+        wanted = sorted(there - (self._left_out - self._named))
         store = ClaimStore(self._settings.images_root)
         turns = asyncio.Semaphore(_SIDE_BY_SIDE)
         done = 0
@@ -222,20 +363,21 @@ class _Restore:
             async with turns:
                 await store.put(await asyncio.to_thread(self._target.read, image_name(sha256)))
             done += 1
-            self._told("images", done, len(todo))
+            self._told("images", done, len(wanted))
 
-        for at in range(0, len(todo), 1000):
-            await asyncio.gather(*map(put, todo[at : at + 1000]))
-        return len(todo)
+        for at in range(0, len(wanted), 1000):
+            await asyncio.gather(*map(put, wanted[at : at + 1000]))
+        return len(wanted)
 
     async def _forget_topics(self) -> None:
-        """Delete topics that are empty, or that a restore of this backup has half filled: offsets begin anew."""
+        """Delete topics that are empty, or that a restore of this backup has half filled: offsets begin anew.
+
+        `meta` goes last: by it a half restore is known while others are still there.
+        """
         async with self._kafka.admin() as admin:
             names = [name for name in await admin.list_topics() if name in TOPICS]
-            await admin.delete_topics(names)
-            async with asyncio.timeout(_GONE_S):
-                while {*names} & {*await admin.list_topics()}:  # noqa: ASYNC110 (the broker tells nobody)
-                    await asyncio.sleep(0.2)
+            await _delete(admin, [name for name in names if name != "meta"])
+            await _delete(admin, [name for name in names if name == "meta"])
 
     async def _topics(self) -> None:
         """Make the topics with the lives that they had; what this version has besides is new."""
@@ -354,6 +496,12 @@ class _Restore:
         return todo
 
 
+def _images_in(records: Iterable[Kept]) -> set[str]:
+    """The images that records name anywhere, by SHA-256."""
+    values = (one.record.value or b"" for one in records if one.record.topic in _CLAIMING)
+    return {sha256.decode() for value in values for sha256 in _CLAIM.findall(value)}
+
+
 def _in_order(packs: Sequence[Pack]) -> list[Place]:
     """Every part as ClickHouse took it, earlier lives first: of two records with one id the later one has the row."""
     began: dict[tuple[str, str], int] = {}
@@ -369,9 +517,39 @@ def _in_order(packs: Sequence[Pack]) -> list[Place]:
     return sorted(((pack, part) for pack in packs for part in pack.parts), key=place)
 
 
-async def _committed(admin: AIOKafkaAdminClient, group: str) -> bool:
-    """Whether the group has a position anywhere."""
-    return any(at.offset >= 0 for at in (await group_offsets(admin, group)).values())
+def _stage(group: str) -> bool:
+    """Whether a group is a stage's, of whatever `kafka.system`."""
+    return any(group.endswith(f"-{stage}") for stage in READS)
+
+
+async def _groups(admin: AIOKafkaAdminClient, ours: Sequence[str]) -> list[str]:
+    """Every group that the broker knows, and ours, which it may not show."""
+    await group_offsets(admin, ours[0])  # a new broker has no place for groups until it is asked
+    deadline = asyncio.get_running_loop().time() + 10
+    while True:
+        try:
+            listed = await admin.list_consumer_groups()
+        except (GroupCoordinatorNotAvailableError, GroupLoadInProgressError):
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(0.25)
+        else:
+            return sorted({*ours, *(name for name, *_ in listed)})
+
+
+async def _reads(admin: AIOKafkaAdminClient, group: str, epochs: Mapping[str, str]) -> bool:
+    """Whether the group has a position in a life of a topic that is there."""
+    found = await group_offsets(admin, group)
+    return any(at.offset >= 0 and at.metadata == epochs.get(tp.topic) for tp, at in found.items())
+
+
+async def _delete(admin: AIOKafkaAdminClient, names: Sequence[str]) -> None:
+    """Delete topics, and wait until they are gone."""
+    if names:
+        await admin.delete_topics(list(names))
+        async with asyncio.timeout(_GONE_S):
+            while {*names} & {*await admin.list_topics()}:  # noqa: ASYNC110 (the broker tells nobody)
+                await asyncio.sleep(0.2)
 
 
 async def _members(admin: AIOKafkaAdminClient, group: str) -> bool:

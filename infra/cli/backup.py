@@ -11,7 +11,6 @@ from typer.core import TyperGroup
 from infra.cli.errors import mendable
 from infra.cli.help import MAINTENANCE, examples
 from infra.cli.output import NO, USAGE, JsonFlag, fail, print_json, print_table, printable, when
-from infra.cli.times import moment
 
 if TYPE_CHECKING:
     from infra.backup.manifest import Manifest
@@ -63,16 +62,11 @@ def register(root: typer.Typer) -> None:
     epilog=examples(
         "rewatch backup /mnt/backup/rewatch          # `make` need not be said",
         "rewatch backup s3://bucket/rewatch --json",
-        "rewatch backup /mnt/usb/last-month --since 30d",
     ),
 )
 def make(
     ctx: typer.Context,
     directory: Where,
-    since: Annotated[
-        str | None,
-        typer.Option(help="Leave older history out: 30d, or a time. What is to be done and what is set is whole."),
-    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Copy log, history and images into a directory.
@@ -83,10 +77,6 @@ def make(
     backup is what the directory holds. Exit code 1 where images are missing that records name.
     """
     settings: Settings = ctx.obj
-    try:
-        from_ms = None if since is None else int(moment(since, datetime.now(UTC)).timestamp() * 1000)
-    except ValueError as error:
-        fail(f"--since {since}: {error}", USAGE)
 
     async def main(told: Told) -> Any:
         from infra.backup.make import backup
@@ -94,7 +84,7 @@ def make(
         from infra.backup.target import Target
 
         async with servers(settings, ctx.meta["config"], fresh=False):
-            return await backup(settings, Target(directory), from_ms, told)
+            return await backup(settings, Target(directory), told)
 
     done = _run(settings, main, quiet=as_json)
     manifest = done.manifest
@@ -118,7 +108,8 @@ def make(
 def verify(ctx: typer.Context, directory: Where, as_json: JsonFlag = False) -> None:
     """Read every file of a backup and compare it with the manifest.
 
-    Nothing else needs to be there. Exit code 1 where a file is missing or damaged, or the backup was never finished.
+    Nothing else needs to be there. Exit code 1 where a file is missing or damaged, where the backup was never finished,
+    or where it was made without images that its records name.
     """
     settings: Settings = ctx.obj
 
@@ -129,10 +120,15 @@ def verify(ctx: typer.Context, directory: Where, as_json: JsonFlag = False) -> N
         return await asyncio.to_thread(check, Target(directory), told)
 
     found = _run(settings, main, quiet=as_json)
+    missing = found.manifest.missing
     if as_json:
         print_json(
             _plain(directory, found.manifest)
-            | {"whole": not found.wrong, "files": found.files, "problems": [one._asdict() for one in found.problems]}
+            | {
+                "whole": not found.wrong and not missing,
+                "files": found.files,
+                "problems": [one._asdict() for one in found.problems],
+            }
         )
     else:
         _print(settings, directory, found.manifest)
@@ -140,6 +136,12 @@ def verify(ctx: typer.Context, directory: Where, as_json: JsonFlag = False) -> N
         listed = "\n  ".join(f"{one.file} {one.what}" for one in found.problems)
         more = "" if found.wrong == len(found.problems) else f"\n  and {found.wrong - len(found.problems)} more"
         fail(f"{found.wrong} problems: use another copy of the backup\n  {listed}{more}", NO)
+    if missing:
+        fail(
+            f"{found.files} files are as they were written, but {len(missing)} images are not among them: the image "
+            f"store had lost them when the backup was made, as {missing[0]}",
+            NO,
+        )
     if not as_json:
         typer.echo(f"whole: {found.files} files are as they were written")
 

@@ -72,7 +72,9 @@ def event(
     ] = None,
     sign_key: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Sign it with this Ed25519 private key, PEM (openssl genpkey makes one)."),
+        typer.Option(
+            metavar="FILE", help="Sign it, which shows who exported it: an Ed25519 private key, PEM (openssl genpkey)."
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -124,6 +126,8 @@ def verify(
     """Check an export: every byte, every record, and the chain from images to verdict.
 
     It needs no network and no installation. Each file that is not as it was exported is named, and the exit code is 1.
+    Of an archive that is not signed it tells that the parts fit together, not who exported it; nor is the page
+    index.html checked against the records. --key, or the root that the export printed, tells both.
     """
     from infra.export import verify as checking
 

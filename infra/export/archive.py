@@ -115,9 +115,9 @@ def _text(data: bytes) -> Any:
 
 
 def _without_marks(schema: Any) -> Any:
-    """The schema without what the parser notes in it for itself."""
+    """The schema without what the parser notes in it for itself, in one order: the parser's changes by process."""
     if isinstance(schema, dict):
-        return {name: _without_marks(part) for name, part in schema.items() if not name.startswith("__")}
+        return {name: _without_marks(part) for name, part in sorted(schema.items()) if not name.startswith("__")}
     if isinstance(schema, list | tuple):
         return [_without_marks(part) for part in schema]
     return schema

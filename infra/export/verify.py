@@ -10,7 +10,11 @@ What it checks, each failure by name:
 2. Every file has the SHA-256 that MANIFEST.json says, and MANIFEST.json the root that it names itself.
 3. Every record of the log decodes by its Avro schema to the JSON beside it.
 4. The chain: image -> its SHA-256 -> frame_id -> batch_id -> event_id; prompt, parameters and model -> verdict_digest.
+   Each image and record that the chain names is there, or MANIFEST.json says that it is missing, and so does this.
 5. The signature (Ed25519), where there is one. By whom, only a key that you know from elsewhere can tell (`--key`).
+
+What it cannot check: an export that is not signed may have been made by anybody, parts taken out and named as missing
+too, unless its root is one that you were told; and the page index.html is not compared with the records.
 
 Exit code 0: whole. 1: something is not as it was exported. 2: it cannot be read.
 """
@@ -83,7 +87,7 @@ class Verified(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether everything is as it was exported."""
+        """Whether the parts fit together and to the signature, where there is one."""
         return not self.problems
 
 
@@ -128,9 +132,18 @@ def told(found: Verified) -> Iterator[str]:
         whose = "the key that you gave" if found.known else "compare it with one that you know, or give --key"
         yield f"signed by the key with SHA-256 {found.signed_by} ({whose})"
     else:
-        yield "not signed: compare the root with one that you were told, or you know only that it fits together"
-    count = len(found.problems)
-    yield "whole: everything is as it was exported" if found.whole else f"NOT as it was exported: {count} named above"
+        yield "not signed: compare the root with one that you were told"
+    if not found.whole:
+        yield f"NOT as it was exported: {len(found.problems)} named above"
+    elif found.known:
+        yield "whole: everything is as it was exported"
+    elif found.signed_by:
+        yield "whole: everything is as it was signed by that key"
+    else:
+        yield (
+            "the parts fit together; who exported it is not shown (a signature shows that), and the page index.html is "
+            "not checked against the records"
+        )
 
 
 def verify(path: Path, key: bytes | None = None) -> Verified:
@@ -389,6 +402,10 @@ def _chain(
         yield from _frame(number, event, said, files, records)
         images += said["image"] is not None
     yield f"{images} images have the SHA-256 that their frame's id is made of", True, MANIFEST
+    said_missing = {lack["what"] for lack in manifest["missing"]}
+    for part in _absent(chain["frames"], records):
+        if part not in said_missing:
+            yield f"{part} is in this export, or said to be missing", False, MANIFEST
     yield (
         "the manifest's chain names these frames and no others",
         len(chain["frames"]) == len(event["frame_ids"]),
@@ -412,6 +429,16 @@ def _chain(
     yield "prompt.json is what the model was asked, byte for byte", files["prompt.json"] == asked, "prompt.json"
     if "prompts" in records:
         yield from _judge(event, records["prompts"], chain)
+
+
+def _absent(frames: Sequence[Mapping[str, Any]], records: Mapping[str, Any]) -> Iterator[str]:
+    """What the chain names and is not there, as `missing` names it. A camera's settings need not have a record."""
+    names = ["contexts", "batches", "prompts"]
+    for number, frame in enumerate(frames, 1):
+        names += [f"frames-{number:03}", f"detections-{number:03}"]
+        if frame["image"] is None:
+            yield f"image {number:03}"
+    yield from (f"record {name}" for name in names if name not in records)
 
 
 def _frame(

@@ -35,6 +35,9 @@ RECORDS = 500_000
 # A pass of another machine that has been marking for so long was killed: marking takes seconds.
 _MARKING = timedelta(hours=1)
 
+# Clocks that are kept differ by less; one that is further off is wrong, and nobody can tell which.
+_APART = timedelta(minutes=1)
+
 # Deleted rows are masked at once, and their bytes go when ClickHouse merges. To have them gone sooner costs writing the
 # parts anew: done where a tenth of a table is masked, so that each byte is written again ten times in its life at most.
 _MASKED = 0.1
@@ -142,6 +145,11 @@ class Store:
         with self._connection.naming():
             found = await (await self._connection.client()).query(query, parameters=parameters)
         return [dict(zip(found.column_names, row, strict=True)) for row in found.result_rows]
+
+    async def now(self) -> datetime:
+        """ClickHouse's clock: what `inserted_at` is measured by."""
+        [row] = await self.rows("SELECT toUnixTimestamp64Milli(now64(3)) AS ms")
+        return datetime.fromtimestamp(row["ms"] / 1000, UTC)
 
     async def command(self, statement: str) -> None:
         """Change something."""
@@ -263,8 +271,8 @@ class Collector:
         await self._resume(report)
         rules = await self._rules(report)
         while rules.before and (pass_ := await self._mark(rules)) is not None:
-            if not await self._confirmed(pass_):
-                rules = rules._replace(held=await self._not_yet_stored(await self._log.held()))
+            if (other := await self._unconfirmed(pass_, rules)) is not None:
+                rules = other
                 continue
             await self._delete(pass_, report)
         await self._purge(report)
@@ -274,7 +282,7 @@ class Collector:
     async def _rules(self, report: Report) -> Rules:
         """What goes now, and what stays."""
         self._told("looking at the log")
-        now = self._clock()
+        now = await self._now()
         before = {name: _ms(now - keep) for name, keep in self._settings.kept.items()}
         settled = await self._log.settled(self._told)
         held = await self._log.held()
@@ -289,7 +297,7 @@ class Collector:
 
     async def _resume(self, report: Report) -> None:
         """Finish what runs before this one left, or take its marks back where nothing was deleted yet."""
-        now = self._clock()
+        now = await self._now()
         for row in await self._store.rows("SELECT * FROM gc_passes FINAL WHERE state != {done:String}", done=DONE):
             pass_ = _Pass(row["pass"], row["started_at"])
             if row["state"] in {MARKING, MARKED}:
@@ -299,7 +307,15 @@ class Collector:
                         "killed is taken for dead an hour after it began"
                     )
                 await self._discard(pass_)
+            elif row["owner"] != self._owner:
+                log.warning("left to its owner", gc_pass=pass_.name, owner=row["owner"])
             else:
+                held = await self._held_in(pass_)
+                if held:
+                    raise NotNowError(
+                        f"pass {pass_.name} of a run that was killed has marked what is held ({min(held)}): "
+                        "nothing is deleted; see `rewatch hold ls`"
+                    )
                 log.info("finishing", gc_pass=pass_.name)
                 await self._delete(pass_, report)
                 report.finished += 1
@@ -378,18 +394,50 @@ class Collector:
             if rows:
                 await self._store.insert("forgotten", ["topic", "epoch", "partition", "offset", "pass", "why"], rows)
 
-    async def _confirmed(self, pass_: "_Pass") -> bool:
-        """Whether nothing of what is marked is held by now; else the marks are taken back.
+    async def _now(self) -> datetime:
+        """ClickHouse's time, by which ages count.
 
-        It is asked behind the marks: see the module's first lines.
+        Raises:
+            NotNowError: this machine's clock says something else.
         """
+        theirs, ours = await self._store.now(), self._clock()
+        if abs(theirs - ours) > _APART:
+            raise NotNowError(
+                f"clocks differ: ClickHouse has {theirs:%Y-%m-%d %H:%M:%S} UTC, this machine {ours:%Y-%m-%d %H:%M:%S}: "
+                "nothing is deleted until they agree within a minute"
+            )
+        return theirs
+
+    async def _held_in(self, pass_: "_Pass") -> set[str]:
+        """Batch ids of what a pass has marked and somebody holds."""
         held = await self._log.held()
-        marked = await self._store.rows(f"SELECT batch_id FROM ({questions.marked_windows(pass_.name)})")  # noqa: S608 (ours)
-        if {row["batch_id"] for row in marked}.isdisjoint(held.values()):
-            return True
-        log.info("held meanwhile", gc_pass=pass_.name)
-        await self._discard(pass_)
-        return False
+        marked = await self._store.rows(f"SELECT DISTINCT batch_id FROM ({questions.marked_batches(pass_.name)})")  # noqa: S608 (ours)
+        return {row["batch_id"] for row in marked} & set(held.values())
+
+    async def _unconfirmed(self, pass_: "_Pass", rules: Rules) -> Rules | None:
+        """None where what is marked may go; else the marks are taken back, and these rules are the newer ones.
+
+        Holds and replays are asked for behind the marks: see the module's first lines.
+
+        Raises:
+            NotNowError: another collector took the pass for dead.
+        """
+        held = await self._held_in(pass_)
+        scopes, replays = await self._log.replays()
+        if held or any(one not in rules.scopes for one in scopes) or not set(replays) <= set(rules.replays):
+            log.info("held or replayed meanwhile", gc_pass=pass_.name)
+            await self._discard(pass_)
+            waiting = await self._not_yet_stored(await self._log.held())
+            return rules._replace(held=waiting, scopes=scopes, replays=replays)
+        own = await self._store.rows(
+            "SELECT pass FROM gc_passes FINAL WHERE pass = {p:String} AND owner = {o:String} AND state = {s:String}",
+            p=pass_.name,
+            o=self._owner,
+            s=MARKED,
+        )
+        if not own:
+            raise NotNowError(f"another collector took pass {pass_.name} for dead: run `rewatch gc` again")
+        return None
 
     async def _delete(self, pass_: "_Pass", report: Report) -> None:
         """Delete what a pass has marked. Each step can be repeated."""

@@ -30,13 +30,23 @@ _STORED = """
     FROM held
 """
 _MARKS = """
-    SELECT toString(f.pass) AS pass, p.state AS state FROM
+    SELECT toString(f.pass) AS pass, p.state AS state, f.own AS own FROM
     (
-        SELECT pass FROM forgotten
+        SELECT pass, 1 AS own FROM forgotten
         WHERE topic = 'risk_events' AND epoch = {epoch:String} AND partition = {partition:Int32}
         AND offset = {offset:Int64}
+        UNION ALL
+        SELECT pass, 0 FROM forgotten
+        WHERE topic IN ('replay_events', 'replay_units') AND (topic, epoch, partition, offset) IN
+        (
+            SELECT 'replay_events', toString(epoch), partition, offset FROM replay_events
+            WHERE batch_id = {batch:String}
+            UNION ALL SELECT 'replay_units', toString(epoch), partition, offset FROM replay_units
+            WHERE substring(unit_id, length(replay_id) + 2) = {batch:String}
+        )
     ) AS f
     LEFT JOIN (SELECT pass, toString(state) AS state FROM gc_passes FINAL) AS p ON p.pass = f.pass
+    WHERE f.own = 1 OR p.state != 'done'
 """
 
 
@@ -117,11 +127,11 @@ class Holds:
 
     async def _untouched(self, event: Row, hold: Hold) -> None:
         """Wait until no collector has the event marked."""
-        place = {name: event[name] for name in ("epoch", "partition", "offset")}
+        place = {name: event[name] for name in ("epoch", "partition", "offset")} | {"batch": hold.batch_id}
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settled_s
         while marks := await self._store.rows(_MARKS, **place):
-            states = {mark["state"] for mark in marks}
+            states = {mark["state"] for mark in marks if mark["own"]}  # of replays' records the pass's end is awaited
             if states == {"done"} and await self._store.live_event(hold.event_id) is not None:
                 return  # it was deleted, and came to the log again
             if states & {"deleting", "done"}:

@@ -43,9 +43,10 @@ class KafkaLog:
         look = await survey(self._kafka, count=False)
         if missing := [topic for topic in (*_READERS, "holds") if topic not in look.metas]:
             raise NotNowError(f"there is no topic {missing[0]}: run `rewatch migrate`")
-        ends = {p.partition: p.end for p in look.positions["sink"]}
+        # The ends of a second look: a position can be seen before the results that were committed with it.
+        now = await survey(self._kafka, count=False)
+        ends = {p.partition: p.end for p in now.positions["sink"]}
         deadline = asyncio.get_running_loop().time() + self._catch_up_s
-        now = look
         while behind := sum(starmap(_missing, ((p, ends) for p in now.positions["sink"]))):
             if asyncio.get_running_loop().time() > deadline:
                 raise NotNowError(

@@ -224,6 +224,17 @@ def marked_windows(pass_: str) -> str:
     """
 
 
+def marked_batches(pass_: str) -> str:
+    """The batch ids of whatever a pass has marked of windows, what replays said of them included, as `batch_id`."""
+    return " UNION ALL ".join(
+        f"SELECT {batch} AS batch_id FROM {topic} AS t INNER JOIN ({marked(pass_, topic)}) AS m ON {_SAME.format('t')}"
+        for topic, batch in (
+            *((topic, "t.batch_id") for topic in ("batches", "contexts", "risk_events", "replay_events")),
+            ("replay_units", "substring(t.unit_id, length(t.replay_id) + 2)"),
+        )
+    )
+
+
 def marked_frames(pass_: str) -> str:
     """The frames that a pass has marked, as `quiet` gives them."""
     return f"""

@@ -85,6 +85,6 @@ def alone(settings: Settings) -> Iterator[None]:
 
 
 def _owner(settings: Settings) -> str:
-    """Names this machine's data directory: its lock says whether a collector of that name runs."""
-    place = hashlib.sha256(str(settings.data_dir.resolve()).encode()).hexdigest()[:8]
+    """Names this machine's data directory and its images: its lock says whether a collector of that name runs."""
+    place = hashlib.sha256(f"{settings.data_dir.resolve()}\0{settings.images_root}".encode()).hexdigest()[:8]
     return f"{socket.gethostname()}:{place}"

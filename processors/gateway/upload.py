@@ -11,6 +11,8 @@ from pathlib import Path
 
 import aiohttp
 import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from yarl import URL
@@ -36,7 +38,8 @@ class Uploads:
     Args:
         url: where ingest listens.
         key: its API key, where it asks for one.
-        certificate: the certificate that it shows, where it listens with TLS; None is the system's authorities.
+        certificate: the file of the certificate that it shows, where it listens with TLS: the first in it is taken, no
+            other; None is the system's authorities.
         at_once: how many are passed on at once.
         timeout_s: how long a body may take to arrive, seconds.
     """
@@ -103,9 +106,7 @@ class Uploads:
         if self._session is None:
             context: ssl.SSLContext | bool = True
             if self._certificate is not None:
-                context = ssl.create_default_context(cafile=self._certificate)
-                context.check_hostname = False  # it is reached by an address that no certificate names
-                context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+                context = _only(self._certificate)
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, ssl=context),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
@@ -114,6 +115,23 @@ class Uploads:
                 trust_env=False,
             )
         return self._session
+
+
+def _only(certificate: Path) -> ssl.SSLContext:
+    """Takes the certificate that a server shows from this file, its first one, and no other.
+
+    Raises:
+        OSError: the file cannot be read, or holds none.
+    """
+    try:
+        own = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except ValueError as error:
+        raise ssl.SSLError(f"{certificate} (ingest.upload.tls_cert_path) holds no certificate in PEM") from error
+    # What follows it in the file signed it, and others too: a public authority signs for anybody.
+    context = ssl.create_default_context(cadata=own.public_bytes(Encoding.DER))
+    context.check_hostname = False  # it is reached by an address that no certificate names
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
 
 
 class _Body:

@@ -13,13 +13,21 @@ from typing import Any
 import httpcore
 import httpx
 
-# Where machines in clouds ask for credentials, beyond the link-local range: AWS by IPv6, Alibaba, Oracle, Azure.
+# Where machines in clouds ask for credentials, beyond the link-local range: AWS by IPv6 (machines, pods), Google by
+# IPv6, Alibaba, Oracle, Azure.
 _METADATA = frozenset(
-    map(ipaddress.ip_address, ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.0.0.192", "168.63.129.16"))
+    map(
+        ipaddress.ip_address,
+        ("fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254", "100.100.100.200", "192.0.0.192", "168.63.129.16"),
+    )
 )
 
-# IPv4 written as IPv6: NAT64 (RFC 6052) has it in the last four bytes.
+# IPv4 written as IPv6 by NAT64: everybody's prefix (RFC 6052) has it in the last four bytes. Within a network's own
+# (RFC 8215) the prefix may be 96, 64, 56 or 48 bits long, and which it is no address tells; byte 8 is left out.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_NAT64_OWN = ipaddress.IPv6Network("64:ff9b:1::/48")
+_INSIDE = (12, 13, 14, 15)
+_INSIDE_OWN = (_INSIDE, (9, 10, 11, 12), (7, 9, 10, 11), (6, 7, 9, 10))
 
 
 class RefusedAddressError(Exception):
@@ -29,13 +37,17 @@ class RefusedAddressError(Exception):
 def is_refused(address: str) -> bool:
     """Whether that is asked only where a setting says so: 169.254.0.0/16, fe80::/10, and clouds' metadata services."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        inner = found.ipv4_mapped or found.sixtofour
-        if inner is None and found in _NAT64:
-            inner = ipaddress.IPv4Address(int(found) & 0xFFFF_FFFF)
-        if inner is not None:
-            found = inner
-    return found.is_link_local or found in _METADATA
+    return any(one.is_link_local or one in _METADATA for one in (found, *_inside(found)))
+
+
+def _inside(found: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """The IPv4 addresses that this may be another way to write."""
+    if isinstance(found, ipaddress.IPv4Address):
+        return []
+    if (inner := found.ipv4_mapped or found.sixtofour) is not None:
+        return [inner]
+    places = _INSIDE_OWN if found in _NAT64_OWN else (_INSIDE,) if found in _NAT64 else ()
+    return [ipaddress.IPv4Address(bytes(found.packed[at] for at in place)) for place in places]
 
 
 class Reach(httpcore.AsyncNetworkBackend):

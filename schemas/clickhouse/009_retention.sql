@@ -55,9 +55,10 @@ CREATE TABLE IF NOT EXISTS gc_passes
     state      LowCardinality(String) COMMENT 'marking and marked: nothing is deleted yet; deleting; done.',
     records    UInt64 COMMENT 'Records that it took.',
     images     UInt64 COMMENT 'Images that went to the image store''s .trash.',
-    at         DateTime64(3, 'UTC') DEFAULT now64(3) COMMENT 'When it came to this state.'
+    at         DateTime64(3, 'UTC') DEFAULT now64(3) COMMENT 'When it came to this state.',
+    rank       UInt8 DEFAULT indexOf(['marking', 'marked', 'deleting', 'done'], toString(state)) COMMENT 'How far that is: of two rows the one further on counts, whatever clocks say.'
 )
-ENGINE = ReplacingMergeTree(at) ORDER BY pass
+ENGINE = ReplacingMergeTree(rank) ORDER BY pass
 SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
 COMMENT 'The passes of `rewatch gc`; one that is not done is finished by the next.';
 

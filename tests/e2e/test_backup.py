@@ -48,9 +48,9 @@ async def test_a_backup_made_under_load_restores_every_accepted_frame_once(
         load_ = [asyncio.create_task(feeder.upload(camera, FRAMES, pause=0.1, story_s=20)) for camera in CAMERAS]
         while len(feeder.accepted) < 5 * len(CAMERAS):
             await asyncio.sleep(0.1)
-        first = await backup(settings, target, None)
+        first = await backup(settings, target)
         before = dict(feeder.accepted)
-        second = await backup(settings, target, None)
+        second = await backup(settings, target)
         await asyncio.gather(*load_)
     assert second.manifest.history[: len(first.manifest.history)] == first.manifest.history
     shutil.rmtree(settings.data_dir)

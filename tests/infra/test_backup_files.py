@@ -1,6 +1,8 @@
 """The files of a backup: whole or refused, byte by byte; in a directory and in an object store. No server runs."""
 
 import hashlib
+import json
+from itertools import permutations
 from pathlib import Path
 
 import msgspec
@@ -8,10 +10,17 @@ import pytest
 
 from infra.backup import manifest as manifests
 from infra.backup.check import check
+from infra.backup.cut import Look
+from infra.backup.history import History, Life
+from infra.backup.looking import Seen
+from infra.backup.make import DivergedError, _Backup
 from infra.backup.manifest import Manifest, ManifestError
-from infra.backup.packs import Kept, Packer, PackError, claims_of, read_part
+from infra.backup.packs import Kept, Pack, Packer, PackError, claims_of, read_part
+from infra.backup.passes import Marks, Pass, read_marks, write_marks
 from infra.backup.refill import runs
 from infra.backup.target import Target
+from infra.config import Settings
+from schemas.records import TopicMeta
 from streams.errors import UnavailableError
 from streams.messages import Incoming
 from tests.infra.cli_kit import answer, invoke
@@ -24,8 +33,11 @@ def record(offset: int, value: bytes | None = b"v") -> Kept:
     return Kept(Incoming("frames", "e1", 0, offset, b"k", value, (("fp", b"\xff"), ("fp", b""))), None, offset, "odd")
 
 
+MARKS = [Marks("frames", "e1", 0, "low", 1_780_000_000_000, [1, 2, 5]), Marks("labels", "e1", 1, "low", 5, [9])]
+
+
 def made(root: str) -> tuple[Target, Manifest]:
-    """A small backup: two parts, an image."""
+    """A small backup: two parts, an image, a pass of the collector."""
     target = Target(root)
     packer = Packer(target, "history")
     packer.add([record(3), record(4, None)], [SHA256])
@@ -35,16 +47,18 @@ def made(root: str) -> tuple[Target, Manifest]:
     tail.add([record(12)])
     tail.flush()
     target.put(manifests.image_name(SHA256), IMAGE)
+    file, sha256, size = write_marks(target, "p1", MARKS)
+    pass_ = {"name": "p1", "owner": "here", "started_at": 1, "state": "done", "records": 4, "images": 0, "at": 2}
     manifest = Manifest(
         made_at=1_780_000_000_000,
         version="1",
         partitions=4,
-        since=None,
         topics=(),
         starts={"frames": {0: 3}},
         positions={"sink": {"frames": {0: 10}}},
         history=tuple(packer.packs),
         tail=tuple(tail.packs),
+        passes=(Pass(**pass_, file=file, sha256=sha256, size=size),),
         images=1,
         missing=(),
     )
@@ -61,7 +75,8 @@ def test_what_is_written_is_read_again_from_a_directory_and_from_an_object_store
     assert read_part(target, pack, pack.parts[1]) == [record(9)]
     assert list(claims_of(target, pack)) == [SHA256]
     found = check(target)
-    assert (found.wrong, found.files, found.images) == (0, 5, 1)
+    assert (found.wrong, found.files, found.images) == (0, 6, 1)
+    assert list(read_marks(target, manifest.passes[0])) == MARKS
     assert sorted(target.names("tail")) == sorted(name for name in target.names("tail") if target.exists(name))
     target.remove(manifest.tail[0].name)
     assert [one.what for one in check(target).problems] == ["is missing"]
@@ -129,7 +144,7 @@ def test_verify_needs_no_server_and_a_torn_backup_is_not_restored(tmp_path: Path
     made(str(tmp_path))
     found = answer("backup", "verify", str(tmp_path))
     assert (found["whole"], found["records"], found["images"]) == (True, 4, 1)
-    assert "5 files are as they were written" in invoke("backup", "verify", str(tmp_path)).output
+    assert "6 files are as they were written" in invoke("backup", "verify", str(tmp_path)).output
     (tmp_path / manifests.image_name(SHA256)).unlink()
     result = invoke("backup", "verify", str(tmp_path))
     assert result.exit_code == 1
@@ -151,7 +166,6 @@ def test_where_nothing_was_recorded_there_is_nothing_to_back_up(
     result = invoke("backup", str(tmp_path / "backup"))
     assert result.exit_code == 2
     assert "nothing was recorded" in result.stderr
-    assert invoke("backup", str(tmp_path / "backup"), "--since", "long ago").exit_code == 2
 
 
 def test_records_become_runs_with_the_holes_behind_them() -> None:
@@ -161,3 +175,90 @@ def test_records_become_runs_with_the_holes_behind_them() -> None:
     assert [one.offset for run in found for one in run.records] == offsets
     assert all(run.hole == 0 for run in found[2:])
     assert max(len(run.records) for run in found) == 500
+
+
+def pack_of(target: Target, *spans: tuple[int, int, int], epoch: str = "e1") -> Pack:
+    """A pack that was written: of each partition the first and the last offset."""
+    packer = Packer(target, "history")
+    for partition, lo, hi in spans:
+        packer.add([Kept(Incoming("frames", epoch, partition, at, b"k", b"v", ())) for at in range(lo, hi + 1)])
+    packer.flush()
+    [pack] = packer.packs
+    return pack
+
+
+def test_packs_of_a_killed_backup_are_taken_over_in_their_order_or_not_at_all(tmp_path: Path) -> None:
+    target = Target(str(tmp_path))
+    packs = [
+        pack_of(target, (0, 0, 9), (1, 0, 5)),
+        pack_of(target, (1, 6, 9)),
+        pack_of(target, (0, 12, 13), (1, 10, 11)),
+    ]
+    for found in permutations(packs):
+        making = _Backup(Settings(), target, print)
+        making._adopt(found)
+        assert making._packs == packs
+        assert making._reached == {("frames", "e1", 0): 13, ("frames", "e1", 1): 11}
+    other = pack_of(target, (1, 3, 8))
+    for found in permutations([*packs, other]):
+        making = _Backup(Settings(), target, print)
+        making._adopt(found)
+        assert (making._packs, making._reached) == ([], {})
+
+
+async def test_packs_and_backups_of_another_installation_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lives(_: History) -> dict[Life, int]:
+        return {("frames", "e1", 0): 9}
+
+    monkeypatch.setattr(History, "lives", lives)
+    target = Target(str(tmp_path))
+    meta = TopicMeta(topic="labels", epoch="e5", status="ready", partitions=4, created_at=0)
+    seen = Seen(Look({"labels": meta}, {}, {}), [], {})
+    ours, theirs = pack_of(target, (0, 0, 9)), pack_of(target, (0, 0, 9), epoch="e2")
+    await _Backup(Settings(), target, print)._refuse_others(seen, [ours])
+    with pytest.raises(DivergedError, match="of another installation"):
+        await _Backup(Settings(), target, print)._refuse_others(seen, [ours, theirs])
+
+    async def none(_: History) -> dict[Life, int]:
+        return {}
+
+    _, before = made(str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "lives", none)
+        with pytest.raises(DivergedError, match="of another installation"):
+            await _Backup(Settings(), target, print)._refuse_others(seen, [])
+        manifests.write(target, msgspec.structs.replace(before, topics=(meta,)))
+        await _Backup(Settings(), target, print)._refuse_others(seen, [])
+
+
+def test_what_another_writes_into_an_object_store_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    target, before = made(f"memory://{tmp_path}")
+    making = _Backup(Settings(), target, print)
+    another, mine = Packer(target, "tail/another"), Packer(target, "tail/mine")
+    for packer in (another, mine):
+        packer.add([record(12), record(13)])
+        packer.flush()
+    now = manifests.write(target, msgspec.structs.replace(before, tail=tuple(mine.packs)))
+    making._forget_tail(now)
+    assert {name.rpartition("/")[0] for name in target.names("tail")} == {"tail/another", "tail/mine"}
+    assert check(target).wrong == 0
+
+
+def test_a_backup_without_images_that_its_records_name_is_not_called_whole(tmp_path: Path) -> None:
+    target, manifest = made(str(tmp_path))
+    target.remove(manifests.image_name(SHA256))
+    manifests.write(target, msgspec.structs.replace(manifest, missing=(SHA256,)))
+    result = invoke("backup", "verify", str(tmp_path))
+    assert result.exit_code == 1
+    assert "1 images are not among them" in result.stderr
+    assert "whole" not in result.output
+    result = invoke("backup", "verify", str(tmp_path), "--json")
+    assert (result.exit_code, json.loads(result.stdout)["whole"]) == (1, False)
+
+
+def test_a_backup_is_always_whole(tmp_path: Path) -> None:
+    result = invoke("backup", str(tmp_path), "--since", "30d")
+    assert result.exit_code == 2
+    assert "No such option" in result.stderr

@@ -104,6 +104,10 @@ class Mortal(Store):
         self.at = at
         self.after = after
         self.changes = 0
+        self.ahead = timedelta(0)
+
+    async def now(self):
+        return await super().now() + self.ahead
 
     async def _change(self, work):
         self.changes += 1
@@ -129,8 +133,10 @@ class Mortal(Store):
 
 
 def collector(store, log, tmp_path, *, days=400, at=None, after=False, told=lambda _: None, mortal=None, **keep):
+    mortal = mortal or Mortal(store.connection, at, after=after)
+    mortal.ahead = timedelta(days=days)
     return Collector(
-        mortal or Mortal(store.connection, at, after=after),
+        mortal,
         log,
         ClaimStore(str(tmp_path / "images")),
         RetentionSettings(**keep),
@@ -442,3 +448,61 @@ async def test_nothing_is_deleted_while_that_cannot_be_told_or_another_is_at_wor
     report = await collector(store, log, tmp_path, low="1d", medium="1d", high="1d").run()
     assert report.passes == 1
     assert there(ask) == ticks_of(0) | ticks_of(1)
+
+
+async def test_a_replay_or_a_hold_on_what_replays_said_that_comes_behind_the_marks_is_seen(store, ask, tmp_path):
+    history = History()
+    [event] = history.of("risk_events", 0)
+    verdict = codec.decode(event, type(examples.risk_event))
+    again = msgspec.structs.replace(verdict, run="r1", event_id=ids.event_id(verdict.batch_id, "r1"))
+    history.add(
+        "replay_events",
+        0,
+        msgspec.structs.replace(
+            examples.RECORDS["replay_events"], event=again, event_id=again.event_id, camera_id=again.camera_id
+        ),
+    )
+    await history.keep(store)
+    log = FakeLog(history)
+
+    def replayed(what):
+        if what.startswith("marking"):
+            log.scopes, log.running = [Scope()], ["r1"]
+
+    await collector(store, log, tmp_path, low="1d", medium="1d", high="1d", told=replayed).run()
+    assert there(ask).items() >= all_of(0).items()
+    log.scopes, log.running = [], []
+
+    def held(what):
+        if what.startswith("marking"):
+            log.holds = {verdict.event_id: verdict.batch_id}
+
+    await collector(store, log, tmp_path, replays="1d", told=held).run()
+    assert ask.value("SELECT count() FROM replay_events") == 1
+
+
+async def test_a_pass_that_is_held_or_anothers_is_not_finished_and_a_clock_decides_nothing(store, ask, tmp_path):
+    history = History()
+    await history.keep(store)
+    [event] = history.of("risk_events", 0)
+    verdict = codec.decode(event, type(examples.risk_event))
+    log = FakeLog(history)
+    log.holds = {verdict.event_id: verdict.batch_id}
+    names = ["pass", "owner", "started_at", "state", "records", "images", "at"]
+    marks = ["topic", "epoch", "partition", "offset", "pass", "why"]
+    now = datetime.now(UTC)
+    plain = Store(store.connection)
+    await plain.insert("forgotten", marks, [["risk_events", event.epoch, 0, event.offset, "p1", "low"]])
+    await plain.insert("gc_passes", names, [["p1", "elsewhere", now, "deleting", 0, 0, now]])
+    assert (await collector(store, log, tmp_path).run()).finished == 0
+    await plain.insert("gc_passes", names, [["p1", "here", now, "deleting", 0, 0, now]])
+    earlier = now - timedelta(seconds=2)
+    await plain.insert("gc_passes", names, [["p1", "here", now, "marked", 0, 0, now + timedelta(seconds=2)]])
+    await plain.insert("gc_passes", names, [["p1", "here", now, "deleting", 0, 0, earlier]])
+    with pytest.raises(NotNowError, match="is held"):
+        await collector(store, log, tmp_path).run()
+    assert there(ask) == all_of(0) | all_of(1)
+    wrong = collector(store, log, tmp_path, low="1d")
+    wrong._clock = lambda: datetime.now(UTC)
+    with pytest.raises(NotNowError, match="clocks differ"):
+        await wrong.run()

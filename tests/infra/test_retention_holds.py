@@ -52,7 +52,7 @@ class FakeStore:
             return list(self.held)
         self.asked += 1
         states = self.marks.pop(0) if len(self.marks) > 1 else self.marks[0]
-        return [{"pass": f"p{n}", "state": state} for n, state in enumerate(states)]
+        return [{"pass": f"p{n}", "state": state, "own": 1} for n, state in enumerate(states)]
 
     async def live_event(self, _):
         return EVENT if self.there else None

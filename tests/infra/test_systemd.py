@@ -110,6 +110,10 @@ def test_every_service_starts_a_command_that_there_is(unit: Path) -> None:
         command.make_context(name, ["detect" if word == "%i" else word for word in words]).close()
 
 
+def test_nobody_answers_the_timer_of_retention() -> None:
+    assert "--yes" in words_of(UNITS / "rewatch-gc.service", "ExecStart")
+
+
 def test_every_timer_has_its_service_and_a_start_that_was_missed_is_made_up_for() -> None:
     timers = sorted(UNITS.glob("*.timer"))
     assert [timer.stem for timer in timers] == ["rewatch-backup", "rewatch-gc"]

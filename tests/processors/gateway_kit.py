@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -216,14 +217,14 @@ async def signed_in(client: httpx.AsyncClient) -> httpx.Response:
 
 
 @asynccontextmanager
-async def served(app: ASGIApp) -> AsyncIterator[str]:
-    """The app behind a real socket; gives its address."""
-    settings = GatewaySettings(port=0)
-    listener = listen(settings)
+async def served(app: ASGIApp, **settings: Any) -> AsyncIterator[str]:
+    """The app behind a real socket, with these settings; gives its address."""
+    door = GatewaySettings(port=0, **settings)
+    listener = listen(door)
     stop = asyncio.Event()
-    task = asyncio.create_task(serve(app, settings, listener, stop))
+    task = asyncio.create_task(serve(app, door, listener, stop))
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield door.model_copy(update={"port": listener.getsockname()[1]}).url
     finally:
         stop.set()
         await task

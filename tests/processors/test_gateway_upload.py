@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -12,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from infra.tls import certificates
 from processors.gateway.app import build_app
 from processors.gateway.fakes import FakeSource
 from processors.gateway.settings import GatewaySettings
@@ -26,9 +29,17 @@ URL = "/api/upload?camera=front"
 
 
 @asynccontextmanager
-async def gateway(ingest: str, *, key: str | None = None, at_once: int = 8, timeout_s: float = 10, **settings):
+async def gateway(
+    ingest: str,
+    *,
+    key: str | None = None,
+    certificate: Path | None = None,
+    at_once: int = 8,
+    timeout_s: float = 10,
+    **settings,
+):
     """The gateway in front of an ingest, behind a real socket; gives a client of it."""
-    uploads = Uploads(ingest, key=key, at_once=at_once, timeout_s=timeout_s)
+    uploads = Uploads(ingest, key=key, certificate=certificate, at_once=at_once, timeout_s=timeout_s)
     app = build_app(FakeSource(), GatewaySettings(**settings), uploads)
     async with served(app) as url, httpx.AsyncClient(base_url=url, timeout=30) as client:
         yield client
@@ -120,6 +131,34 @@ async def test_without_ingest_it_says_so_and_when_to_come_back() -> None:
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) > 0
         assert "ingest.upload" in answer.json()["error"]
+
+
+async def test_of_a_chain_the_first_certificate_alone_is_ingests(tmp_path: Path) -> None:
+    """Whoever gets a certificate of the same authority, as of a public one anybody does, is not taken for ingest."""
+    now = datetime.now(UTC)
+    public = certificates.authority("a public authority", now)
+
+    def chain(name: str) -> tuple[Path, Path]:
+        cert, key = tmp_path / f"{name}.pem", tmp_path / f"{name}.key"
+        leaf, secret = certificates.issue(public, name, ("cameras.example",), now)
+        cert.write_bytes(leaf + public.certificate)
+        key.write_bytes(secret)
+        return cert, key
+
+    async def taken(_request: Request) -> Response:
+        return JSONResponse({"status": "accepted"})
+
+    app = Starlette(routes=[Route("/api/upload", taken, methods=["POST"])])
+    mine, another = chain("mine"), chain("another")
+    for (cert, key), status in ((mine, 200), (another, 503)):
+        async with (
+            served(app, tls_cert_path=cert, tls_key_path=key) as url,
+            gateway(url, certificate=mine[0]) as client,
+        ):
+            assert (await client.post(URL, content=jpeg(1))).status_code == status
+    mine[0].write_text("no certificate")
+    async with gateway("https://127.0.0.1:9", certificate=mine[0]) as client:
+        assert (await client.post(URL, content=jpeg(1))).status_code == 503
 
 
 async def test_an_ingest_that_dies_over_a_picture_is_one_that_is_away() -> None:

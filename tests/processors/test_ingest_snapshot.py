@@ -287,10 +287,17 @@ METADATA = (
     "169.254.169.254",
     "169.254.0.1",
     "fd00:ec2::254",
+    "fd00:ec2::23",
     "fe80::1",
     "fe80::1%eth0",
     "::ffff:169.254.169.254",
     "64:ff9b::a9fe:a9fe",
+    # Of networks' own NAT64, by each length of its prefix: 96, 64, 56 and 48 bits.
+    "64:ff9b:1:2:3:4:a9fe:a9fe",
+    "64:ff9b:1:2:a9:fea9:fe00:0",
+    "64:ff9b:1:2a9:fe:a9fe::",
+    "64:ff9b:1:a9fe:a9:fe00::",
+    "64:ff9b:1::6464:64c8",
     "2002:a9fe:a9fe::1",
     "100.100.100.200",
 )
@@ -329,7 +336,9 @@ async def test_credentials_of_a_clouds_machine_are_not_asked_for(address: str, m
     await allowed.close()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "192.168.1.20", "10.0.0.1", "fd12::1", "203.0.113.7"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "::1", "192.168.1.20", "10.0.0.1", "fd12::1", "203.0.113.7", "64:ff9b:1::c0a8:114"]
+)
 def test_cameras_of_a_house_are_asked(address: str) -> None:
     assert not is_refused(address)
 

@@ -6,7 +6,8 @@ from xml.etree import ElementTree as ET
 import httpx
 import pytest
 
-from schemas.users import USERS, User, statements
+from schemas.users import USERS, WRITTEN, User, statements
+from streams.topics import STORED
 
 pytest_plugins = ["tests.clickhouse_kit"]
 
@@ -38,6 +39,10 @@ def test_the_containers_file_has_these_users_and_no_other() -> None:
     assert [user.tag for user in FILE.findall("./users/*")] == ["default", *(user.name("rewatch") for user in USERS)]
     assert FILE.find("./users/default[@remove='remove']") is not None
     assert [profile.tag for profile in FILE.findall("./profiles/*")] == ["rewatch_reader"]
+
+
+def test_the_writer_may_fill_what_the_sink_fills_and_nothing_that_gc_goes_by() -> None:
+    assert set(WRITTEN) == {*STORED, "log", "sink_progress"}
 
 
 @pytest.mark.real
