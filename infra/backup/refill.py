@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import RecordsToDelete
 
 from streams.delivery import let_go
-from streams.kafka import TRANSACTION_TIMEOUT_MS, Kafka
+from streams.kafka import Kafka
 from streams.messages import Incoming
 
 log = structlog.get_logger(__name__)
@@ -28,7 +28,10 @@ _FILLERS = 100_000
 """Empty records in a batch: 8 bytes each, below what a broker takes."""
 
 
-_MARK_S = 30.0
+_TRANSACTION_MS = 10 * 60 * 1000
+"""Nobody reads yet, so an open one holds nobody up, and a busy broker may take its time. Brokers allow 15 minutes."""
+
+_MARK_S = 120.0
 """A mark takes milliseconds; a broker that is busy with much else, seconds."""
 
 
@@ -131,9 +134,7 @@ class Refill:
 
     async def _transactional(self) -> AIOKafkaProducer:
         if self._fenced is None:
-            self._fenced = self._kafka.producer(
-                transactional_id=self._id, transaction_timeout_ms=TRANSACTION_TIMEOUT_MS
-            )
+            self._fenced = self._kafka.producer(transactional_id=self._id, transaction_timeout_ms=_TRANSACTION_MS)
             await self._fenced.start()
         return self._fenced
 
