@@ -51,6 +51,10 @@ TRY = (
 # A demo makes some 15 events; this is a month of demos.
 _MANY = 1000
 _MONTH = timedelta(days=30)
+
+# Cameras write the date into their pictures, and a toy detector sees a speck of some nights as something: the first day
+# is the same for everybody, so that what the demo shows is what was measured.
+_FIRST_DAY = date(2026, 10, 22)
 # A story stays at its time of the day, by light and by meaning: half of the shortest way to dusk or dawn.
 _DRIFT_S = 15 * 60
 
@@ -202,12 +206,12 @@ def _render(settings: Settings, number: int, days: int) -> Footage:
 
 
 def next_day(drawn: set[date], today: date, days: int = 1) -> date:
-    """The day to draw: the first lies a month back, each next one a day later, and from today on they go backwards.
+    """The day to draw: the first is always the same, each next one a day later, and from today on they go backwards.
 
-    More days than a month has, drawn at once, begin further back: a camera's time does not go backwards.
+    Many drawn at once begin a month back, or as many days as they are: a camera's time does not go backwards.
     """
     if not drawn:
-        return today - max(_MONTH, timedelta(days=days))
+        return _FIRST_DAY if days == 1 else today - max(_MONTH, timedelta(days=days))
     later = max(drawn) + timedelta(days=1)
     return later if later < today else min(drawn) - timedelta(days=1)
 
